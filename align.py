@@ -1,0 +1,82 @@
+"""The TS Aligner: a small network that learns the task from the teacher's vector alone, and its orthogonal projection.
+
+Shapes: B batch, d_e teacher vector (1024 = a 4x16x16 Stable Diffusion latent), d_h hidden, C labels, d shared space.
+    h_t = drop(relu(W2 drop(relu(W1 e))))     (B, d_h)
+    o_t = C_t h_t                             (B, C)    main logits
+    p_t = P_t e,   P_t P_t^T = I              (B, d)    orthogonal projection into the shared space
+    a_t = C'_t drop(p_t)                      (B, C)    auxiliary logits
+
+    aligner = TSAligner(latent_dim=1024, num_labels=2)
+    aligner_loss(aligner(e), y, gamma=1.0).backward()      # then optimizer.step(): nothing to retract, nothing to call after
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Outputs(NamedTuple):
+    """What the aligner and the student both return: logits (B, C), aux_logits (B, C), proj (B, d)."""
+
+    logits: torch.Tensor
+    aux_logits: torch.Tensor
+    proj: torch.Tensor
+
+
+class Householder(nn.Module):
+    """x -> x Q[:, :d], where Q is a product of k reflections  x <- x - 2 (x.v) v,  v normalised:  (B, n) -> (B, d).
+
+    Each reflection is orthogonal whatever v is, so Q is orthogonal BY CONSTRUCTION, at every step of any optimizer. The
+    alternatives pay for it: a matrix exponential (the authors' parametrisation) or a Cayley transform solves an n x n
+    problem a step, a QR retraction is a second optimizer step that must not be forgotten; tests/bench.py prints ratios.
+
+    Why k = 32 reflections lose nothing here, though a general Q needs n. Without dropout L_A sees P_t only through the
+    product C'_t P_t, and C'_t is free: replacing (C'_t, P_t) by (C'_t R^T, R P_t) for an orthogonal R changes no logit.
+    P_t is a gauge. What matters is which C-dimensional space C'_t reads, and k >= C reflections carry any C-frame to any
+    other (one reflection per frame vector). tests/test_align.py shows both.
+
+    d > n pads x with zeros first: Q is then n -> d with orthonormal columns (used by the student on request).
+    """
+
+    def __init__(self, in_dim, out_dim, reflections=32):
+        super().__init__()
+        self.in_dim, self.out_dim = in_dim, out_dim
+        self.v = nn.Parameter(torch.randn(reflections, max(in_dim, out_dim)))  # (k, n)
+
+    def forward(self, x):
+        x = F.pad(x, (0, self.v.size(1) - self.in_dim))                        # (B, n)
+        v = F.normalize(self.v, dim=-1)                                        # (k, n)
+        # k reflections one after another are 2k small steps. Their product has a closed ("compact WY") form,
+        #   Q = I - V^T S^-1 V   with S = I/2 + the strict upper triangle of V V^T   (V holds the k rows v),
+        # so two thin matrix products and one k x k triangular solve do it; the test's oracle is the plain loop.
+        s = (v @ v.T).triu(1) + 0.5 * torch.eye(len(v), dtype=v.dtype, device=v.device)  # (k, k)
+        w = torch.linalg.solve_triangular(s, v[:, : self.out_dim], upper=True)           # (k, d)
+        return x[:, : self.out_dim] - (x @ v.T) @ w                                      # (B, d)
+
+
+class TSAligner(nn.Module):
+    """Teacher vectors (B, d_e) -> Outputs. Float32 only: it costs milliseconds and half precision would bend P_t.
+
+    proj_dim d defaults to latent_dim. DEVIATION: paper says 768 (Table 1), the authors' code 1024; we default to d_e,
+    because then p_t keeps every length and angle of e (an isometry) and nothing of the teacher is cut off.
+    Raises ValueError when d > d_e: orthonormal rows of length d_e are at most d_e.
+    """
+
+    def __init__(self, latent_dim, num_labels, hidden_dim=512, proj_dim=None, dropout=0.1):
+        super().__init__()
+        proj_dim = latent_dim if proj_dim is None else proj_dim
+        if not 1 <= proj_dim <= latent_dim:
+            raise ValueError(f"proj_dim {proj_dim} must be between 1 and latent_dim {latent_dim}: P_t has orthonormal rows")
+        self.w1 = nn.Linear(latent_dim, hidden_dim)
+        self.w2 = nn.Linear(hidden_dim, hidden_dim)
+        self.classifier = nn.Linear(hidden_dim, num_labels)    # C_t
+        self.projection = Householder(latent_dim, proj_dim)    # P_t
+        self.aux_classifier = nn.Linear(proj_dim, num_labels)  # C'_t
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, latents):
+        h = self.drop(F.relu(self.w1(latents)))  # (B, d_h)
+        h = self.drop(F.relu(self.w2(h)))        # (B, d_h)
+        p = self.projection(latents)             # (B, d)
+        return Outputs(self.classifier(h), self.aux_classifier(self.drop(p)), p)
