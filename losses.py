@@ -84,7 +84,7 @@ def manifold_loss(teacher_proj, student_proj, kind):
     norms = m_t.norm() * m_s.norm()
     # A zero mean has no direction: value 1, gradient 0. An epsilon in the denominator would give gradient 1/epsilon, and
     # a where() around the quotient alone would give 0 * inf = nan: hence the inner where().
-    cosine = torch.where(norms > 0, (m_t @ m_s) / torch.where(norms > 0, norms, 1), 0)
+    cosine = torch.where(norms > 0, (m_t * m_s).sum() / torch.where(norms > 0, norms, 1), 0)
     return 1 - cosine
 
 

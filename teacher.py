@@ -1,11 +1,11 @@
-"""Black-box teachers: a text goes in, one vector comes out, nothing of the teacher is trained or opened.
+"""Black-box teachers: a text goes in, a vector comes out; nothing of the teacher is trained or opened.
 
-    teacher = build_teacher("painter")     # or painter:RHO, clip[:MODEL], vectors:FOLDER
-    teacher.name, teacher.dim              # what it is, and d_e
-    teacher.encode(["is a mouse bigger than a piano?"])     # float32 array (N, d_e)
+    teacher = build_teacher("painter")                   # or painter:RHO, clip[:MODEL], vectors:FOLDER
+    teacher.name, teacher.dim                            # what it is, and d_e
+    teacher.encode(["is a mouse bigger than a piano?"])  # float32 array (N, d_e)
 
-A teacher of your own is a class with these three names and one line in TEACHERS. Vectors depend on the text alone, never on
-its neighbours in a list, so that each is made once and kept (Cache).
+A teacher of your own is a class with these three names and one line in TEACHERS. A vector depends on its text alone,
+never on its neighbours in a list, so each is made once and kept.
 """
 import hashlib
 import re
@@ -20,78 +20,82 @@ from data import OBJECTS, UserError, known
 
 
 class Teacher:
-    """The interface. Subclasses set name (with every parameter that changes a vector), dim and encode."""
+    """The interface: name (with all that changes a vector: it is the cache's key), dim, encode."""
 
     name, dim = "", 0
-    keep = True  # whether making a vector costs more than reading it back from the cache
+    costly = True  # dearer than a look-up in the cache
 
     def encode(self, texts):
-        """list of N texts -> float32 array (N, dim)."""
+        """List of N texts -> float32 array (N, dim)."""
         raise NotImplementedError
 
     def vectors(self, split, texts):
-        """The vectors of a split's examples, in order. Only a folder of ready-made rows needs to know the split."""
+        """The vectors of a split's texts; only a folder of ready-made rows needs to know which split."""
         return self.encode(texts)
 
 
 class Painter(Teacher):
-    """A procedural text-to-picture function: the objects a text names, drawn side by side, 4 x 16 x 16 = 1024 numbers.
+    """A procedural text-to-picture function: the objects that a text names, side by side, 4 x 16 x 16 = 1024 numbers.
 
-    Channels: red, green, blue, coverage. Sizes are drawn on a log scale, .5 cm as one pixel, 60 m as the full half. Every
-    other word leaves a small mark of its own, so any text has a picture; of the world beyond OBJECTS it knows NOTHING.
-    painter:RHO returns RHO * picture + sqrt(1 - RHO^2) * noise of the picture's power: the dose of the teacher.
+    Channels: red, green, blue, coverage. Sizes are on a log scale, .5 cm one pixel, 60 m the whole height. Any other
+    word leaves one faint pixel of its own, so every text has a picture; of the world beyond OBJECTS it knows NOTHING.
+    painter:RHO gives RHO picture + sqrt(1 - RHO^2) noise of the same power: the dose of the teacher.
     """
 
-    dim, keep = 1024, False  # drawing is cheaper than a look-up
+    dim, costly = 1024, False
+    colours = {"red": (.9, .1, .1), "green": (.1, .7, .2), "blue": (.1, .3, .9), "brown": (.5, .3, .1),
+               "grey": (.5, .5, .5), "white": (1, 1, 1), "black": (.1, .1, .1), "yellow": (.95, .85, .1),
+               "orange": (.95, .5, .1), "pink": (1, .6, .7)}
 
-    def __init__(self, rho=""):
+    def __init__(self, rho):
         try:
             self.rho = float(rho or 1)
         except ValueError:
             self.rho = -1
         if not 0 <= self.rho <= 1:
-            raise UserError(f"painter:{rho} is not a dose: write painter:RHO with RHO from 0 (noise) to 1 (the picture)")
+            raise UserError(f"painter:{rho}: write painter:RHO with a dose RHO from 0 (noise) to 1 (the picture)")
         self.name = f"painter:{self.rho:g}"
 
     def encode(self, texts):
-        return np.stack([self._paint(text).ravel() for text in texts]) if len(texts) else np.zeros((0, self.dim), np.float32)
+        return np.array([self.paint(text).ravel() for text in texts], np.float32).reshape(-1, self.dim)
 
-    def _paint(self, text):
-        picture = np.zeros((4, 16, 16))
-        words = re.findall(r"\w+", text.lower())
-        things = [word for word in words if word in OBJECTS]
+    def paint(self, text):
+        """The picture of a text, (4, 16, 16)."""
+        picture, words = np.zeros((4, 16, 16)), re.findall(r"\w+", text.lower())
         for word in words:
-            if word not in OBJECTS:  # one faint pixel whose place and colour are the word's own
-                place = _seeded("word", word)
-                picture[:3, place.integers(16), place.integers(16)] += 0.1 * place.random(3)
+            if word not in OBJECTS:
+                own = _generator("word", word)
+                picture[:3, own.integers(16), own.integers(16)] += 0.1 * own.random(3)
+        things = [word for word in words if word in OBJECTS]
         y, x = np.mgrid[:16, :16] + 0.5  # pixel centres
         for i, thing in enumerate(things):
             size, colour, shape = OBJECTS[thing]
-            half = 8 / len(things)  # half the width of this object's share of the canvas
-            dx, dy = (x - (2 * i + 1) * half) / half, (y - 8) / 8  # -1 .. 1 over the share
+            half = 8 / len(things)       # half the width of this object's share of the canvas
+            dx, dy = (x - (2 * i + 1) * half) / half, (y - 8) / 8  # -1 .. 1 inside it
             distance = {"disc": np.hypot(dx, dy), "box": np.maximum(abs(dx), abs(dy)),
                         "bar": np.maximum(2 * abs(dx), abs(dy)), "cone": np.maximum(2 * abs(dx) - dy, abs(dy))}[shape]
             radius = 0.1 + 0.9 * np.log(size / 0.5) / np.log(6000 / 0.5)
-            cover = np.clip((radius - distance) * half + 0.5, 0, 1) * (abs(dx) <= 1)  # soft edge: sizes between pixels show
-            picture = picture * (1 - cover) + cover * np.array([*colour, 1.0])[:, None, None]
-        noise = _seeded("noise", text).standard_normal(picture.shape) * np.sqrt((picture**2).mean() + 1e-12)
-        return (self.rho * picture + (1 - self.rho**2) ** 0.5 * noise).astype(np.float32)
+            # The soft edge makes sizes between two pixels visible.
+            cover = np.clip((radius - distance) * half + 0.5, 0, 1) * (abs(dx) <= 1)
+            picture = picture * (1 - cover) + cover * np.array([*self.colours[colour], 1.0])[:, None, None]
+        noise = _generator("noise", text).standard_normal(picture.shape) * np.sqrt((picture**2).mean())
+        return self.rho * picture + np.sqrt(1 - self.rho**2) * noise
 
 
-def _seeded(*parts):
-    """A generator that depends on the parts alone (Python's own hash changes from run to run)."""
+def _generator(*parts):
+    """A random generator that depends on the parts alone; Python's own hash() changes from run to run."""
     return np.random.default_rng(int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "little"))
 
 
 class Clip(Teacher):
-    """The text side of CLIP's image-text space: what a picture of the text would look like to CLIP, without the picture."""
+    """The text side of CLIP's image-text space: where a picture of the text would lie, without drawing it."""
 
-    def __init__(self, model=""):
-        from student import load_pretrained  # one place asks the hub and one place words its refusals
-
-        self.name = "clip:" + (model or "openai/clip-vit-large-patch14")
+    def __init__(self, model):
         from transformers import CLIPTextModelWithProjection
 
+        from student import load_pretrained  # asks the hub once and words its refusals
+
+        self.name = "clip:" + (model or "openai/clip-vit-large-patch14")
         self.model, self.tokenizer = load_pretrained(self.name[5:], CLIPTextModelWithProjection)
         self.model.eval()
         self.dim = self.model.config.projection_dim
@@ -100,51 +104,50 @@ class Clip(Teacher):
         import torch
         from tqdm import tqdm
 
-        limit = self.model.config.max_position_embeddings  # 77
-        cut = sum(len(ids) > limit for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]) if len(texts) else 0
+        texts, most = list(texts), self.model.config.max_position_embeddings  # 77
+        cut = sum(len(self.tokenizer(text, verbose=False)["input_ids"]) > most for text in texts)
         if cut:
-            print(f"{self.name} reads {limit} tokens: {cut} of {len(texts)} texts were cut", file=sys.stderr)
+            print(f"{self.name} reads {most} tokens: {cut} of {len(texts)} texts were cut", file=sys.stderr)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.to(device)
         out = np.zeros((len(texts), self.dim), np.float32)
         with torch.inference_mode():
             for i in tqdm(range(0, len(texts), 64), desc=self.name, disable=None):
-                batch = self.tokenizer(list(texts[i:i + 64]), padding=True, truncation=True, max_length=limit, return_tensors="pt")
-                out[i:i + 64] = self.model(**batch.to(device)).text_embeds.float().cpu().numpy()
+                batch = self.tokenizer(texts[i:i + 64], padding=True, truncation=True, max_length=most, return_tensors="pt")
+                out[i:i + 64] = self.model(**batch.to(device)).text_embeds.cpu().numpy()
         self.model.to("cpu")  # the student needs the card
         return out
 
 
 class VectorFolder(Teacher):
-    """Ready-made vectors: FOLDER/train.npy, dev.npy (and test.npy), row i for example i of the official file."""
+    """Ready-made vectors: FOLDER/train.npy, dev.npy, row i for example i of the official file."""
 
-    keep = False
+    costly = False
 
-    def __init__(self, folder=""):
+    def __init__(self, folder):
         self.folder, self.name = Path(folder), "vectors:" + folder
         if not folder or not (self.folder / "train.npy").is_file():
-            raise UserError(f"vectors:{folder} has no train.npy: write vectors:FOLDER with train.npy and dev.npy in FOLDER, "
-                            "one row an example")
-        self.dim = self._open("train").shape[1]
+            raise UserError(f"{self.name} has no train.npy: FOLDER holds train.npy and dev.npy, one row an example")
+        self.dim = self.open("train").shape[1]
 
     def encode(self, texts):
-        raise UserError(f"{self.name} holds vectors by row, not by text: it can't encode a new text")
+        raise UserError(f"{self.name} holds vectors by row, not by text: it has none for a new text")
 
-    def _open(self, split):
+    def open(self, split):
         path = self.folder / f"{split}.npy"
         try:
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)  # pickles run code: never
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)  # unpickling a stranger's file runs their code
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a readable .npy array ({error}): write it with numpy.save, not pickled") from None
+            raise UserError(f"{path} is not a readable array ({error}): write it with numpy.save") from None
         if rows.ndim != 2 or rows.dtype.kind != "f":
-            raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: expected floats (examples, dim)")
+            raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: expected floats, (examples, dim)")
         return rows
 
     def vectors(self, split, texts):
-        rows = self._open(split)
-        if len(rows) != len(texts) or rows.shape[1] != self.dim:
-            raise UserError(f"{self.folder / split}.npy has shape {rows.shape}, but {split} has {len(texts)} examples and "
-                            f"train.npy is {self.dim} wide: one row an example, in the official file's order")
+        rows = self.open(split)
+        if rows.shape != (len(texts), self.dim):
+            raise UserError(f"{self.folder / split}.npy has shape {rows.shape}, expected {(len(texts), self.dim)}: one row "
+                            "for each example, in the official file's order, as wide as train.npy")
         return np.asarray(rows, np.float32)
 
 
@@ -152,19 +155,19 @@ TEACHERS = {"painter": Painter, "clip": Clip, "vectors": VectorFolder}
 
 
 def check_spec(spec):
-    """The class and the argument of "NAME[:ARGUMENT]"; builds nothing, so that a typo costs nothing."""
+    """"NAME[:ARGUMENT]" -> (class, argument). Builds nothing, so that a typo costs nothing."""
     name, _, argument = spec.partition(":")
     return TEACHERS[known(name, TEACHERS, "teacher")], argument
 
 
 def build_teacher(spec):
-    """A teacher from "painter", "painter:RHO", "clip[:MODEL]" or "vectors:FOLDER"; UserError names what does not fit."""
+    """A teacher from "painter", "painter:RHO", "clip[:MODEL]" or "vectors:FOLDER"; UserError says what does not fit."""
     teacher, argument = check_spec(spec)
     return teacher(argument)
 
 
 class Cache:
-    """Vectors on disk, keyed by (teacher name, text): sqlite in WAL mode survives a kill and takes two writers."""
+    """Vectors on disk, found by (teacher name, text): sqlite in WAL mode survives a kill and takes two writers."""
 
     def __init__(self, folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -179,38 +182,30 @@ class Cache:
     def get(self, teacher, text):
         """The vector (dim,), or None where there is none or its bytes are damaged."""
         row = self.db.execute("SELECT value, crc FROM vectors WHERE key = ?", (self.key(teacher, text),)).fetchone()
-        ok = row and zlib.crc32(row[0]) == row[1] and len(row[0]) == 4 * teacher.dim
-        return np.frombuffer(row[0], np.float32) if ok else None
+        whole = row and zlib.crc32(row[0]) == row[1] and len(row[0]) == 4 * teacher.dim
+        return np.frombuffer(row[0], np.float32) if whole else None
 
     def put(self, teacher, texts, vectors):
-        rows = [(self.key(teacher, text), vector.tobytes()) for text, vector in zip(texts, vectors)]
+        blobs = [np.ascontiguousarray(vector, np.float32).tobytes() for vector in vectors]
         self.db.execute("BEGIN IMMEDIATE")
-        self.db.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", [(key, blob, zlib.crc32(blob)) for key, blob in rows])
+        self.db.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", [
+            (self.key(teacher, text), blob, zlib.crc32(blob)) for text, blob in zip(texts, blobs)])
         self.db.execute("COMMIT")
 
 
 def teacher_vectors(teacher, split, texts, cache_dir, limit=None):
-    """float32 (N, dim), row i for texts[i], i below limit; each distinct text is made once, in chunks that a kill loses at most one of.
-
-    Raises UserError naming the example when a vector is missing or not finite: training on a zero in its place would
-    teach the student a picture that nobody made.
-    """
-    if not teacher.keep:
+    """float32 (N, dim), row i for texts[i], the first `limit` of them; a costly teacher makes each text's once."""
+    if not teacher.costly:
         vectors = teacher.vectors(split, texts)[:limit]
     else:
-        texts = texts[:limit]
-        cache = Cache(cache_dir)
+        cache, texts = Cache(cache_dir), texts[:limit]
         missing = [text for text in dict.fromkeys(texts) if cache.get(teacher, text) is None]
-        for i in range(0, len(missing), 1024):
+        for i in range(0, len(missing), 1024):  # a kill loses one chunk at most
             cache.put(teacher, missing[i:i + 1024], teacher.encode(missing[i:i + 1024]))
-        found = [cache.get(teacher, text) for text in texts]
-        # DEVIATION: in the authors' code a missing vector silently becomes zeros; here it is an error.
-        if any(vector is None for vector in found):
-            row = [vector is None for vector in found].index(True)
-            raise UserError(f"{teacher.name} has no vector for example {row} of {split}: {texts[row][:80]!r}")
-        vectors = np.stack(found)
+        vectors = np.array([cache.get(teacher, text) for text in texts])
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
-        row = int((~finite).argmax())
-        raise UserError(f"{teacher.name} gave a vector that is not finite for example {row} of {split}: {texts[row][:80]!r}")
+        # DEVIATION: in the authors' code a missing vector becomes zeros, a picture that nobody made; we stop.
+        row = int(finite.argmin())
+        raise UserError(f"{teacher.name} has no finite vector for example {row} of {split}: {texts[row][:80]!r}")
     return vectors

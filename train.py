@@ -149,14 +149,36 @@ def parse(argv=None):
     return vars(parser.parse_args(argv))
 
 
+def resume_config(folder, typed):
+    """The Config that a run folder (a grid, or one cell of it) was started with; UserError where a typed flag differs."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--resume {folder}: no run there (no config.json); start one with --out {folder}")
+    saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
+    differ = [f"--{name.replace('_', '-')} is {getattr(saved, name)}, not {getattr(wanted, name)}"
+              for name in typed if name not in ("resume", "out") and getattr(saved, name) != getattr(wanted, name)]
+    if differ:
+        raise UserError(f"--resume {folder}: this run's {'; '.join(differ)}: leave it out, or start anew with --out")
+    is_cell = folder.resolve().parts[-2:] == (saved.arms[0], str(saved.seeds[0]))
+    return dataclasses.replace(saved, resume=str(folder), out=str(folder.parent.parent if is_cell else folder))
+
+
+def configure(argv=None):
+    """Command line -> a resolved Config, or one line on stderr and exit status 2."""
+    try:
+        typed = parse(argv)
+        return resolve(resume_config(typed["resume"], typed) if "resume" in typed else Config(**typed))
+    except UserError as error:
+        fail(error)
+
+
 def fail(message):
-    """One line on stderr, exit status 2."""
     print(f"train.py: error: {message}", file=sys.stderr)
     raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
-    parse()  # --help and a typo answer here: importing torch takes seconds
+    configure()  # --help and bad flags are answered here: importing torch takes seconds
 
 import numpy as np
 import torch
@@ -245,13 +267,7 @@ def write_json(path, content):
 def interruptible():
     """Yields a list that Ctrl-C fills instead of raising: no optimizer step is cut in half. A second one stops at once."""
     pressed = []
-
-    def note(number, frame):
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, lambda *args: before(*args) if pressed else pressed.append(1))
     try:
         yield pressed
     finally:
@@ -295,6 +311,9 @@ class Data:
         self.task, self.splits = find_task(config.task), load_task(config.task, config.data_dir, config.cache_dir)
         self.teacher = build_teacher(config.teacher)
         self.rows, self.vectors = {}, {}
+        if (config.proj_dim or 1) > self.teacher.dim:
+            raise UserError(f"--proj-dim {config.proj_dim} is more than the {self.teacher.dim} of {config.teacher}: an "
+                            "orthogonal projection cannot widen")
 
     def ask_teacher(self, config):
         """Vectors of train and dev, where any arm looks at them, divided by one scalar; and the training labels."""
@@ -350,8 +369,8 @@ class Cell:
         torch.manual_seed(seed_of(self.seed, "student"))
         texts = [text for example in data.splits["train"] for text in data.task.pair(example) if text]
         self.student = load_student(last) if saved else build_student(
-            config.student, labels, proj_dim, orthogonal=config.orthogonal_student, labels=data.task.labels,
-            max_length=config.max_length, texts=texts)
+            config.student, labels, proj_dim, texts, orthogonal=config.orthogonal_student, labels=data.task.labels,
+            max_length=config.max_length)
         large = sum(p.numel() for p in self.student.lm.parameters()) > 300e6 and self.device.type == "cuda"
         if {"on": True, "off": False, "auto": large}[config.grad_checkpoint]:
             self.student.checkpoint_gradients()
@@ -360,14 +379,18 @@ class Cell:
         self.models = {"aligner": self.aligner, "student": self.student}  # in the order of an epoch
         self.models = {role: model.to(self.device) for role, model in self.models.items() if model}
         if data.task.kind == "regress" and not saved:  # a relu that starts below zero stays there: one seed in ten
-            for head in (head for m in self.models.values() for head in (m.classifier, m.aux_classifier)):
-                torch.nn.init.constant_(head.bias, data.labels.mean().item())
+            for model in self.models.values():
+                for name, value in model.named_parameters():
+                    if name.endswith("classifier.bias"):
+                        torch.nn.init.constant_(value, data.labels.mean().item())
         self.rates = {"aligner": config.aligner_lr, "student": config.lr}
         self.optimizers = {role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
                            for role, model in self.models.items()}
         self.scalers = {"aligner": torch.amp.GradScaler(self.device.type, enabled=False), "student": scaler}
         if saved:
             self.load(last)
+        else:
+            (folder / "log.jsonl").write_text("")  # what a run that was killed before its first checkpoint wrote
 
     def schedule(self):
         """Every step of the run in order: (epoch, role, step, rows of the batch)."""
@@ -492,7 +515,7 @@ def finish(cell):
     config, data = cell.config, cell.data
     metrics = {"task": data.task.name, "student": config.student, "teacher": data.teacher.name, "arm": config.arms[0],
                "seed": cell.seed, "best": cell.best, "aligner": cell.evaluate_aligner()}
-    for split in data.splits.keys() - {"train"}:
+    for split in [split for split in data.splits if split != "train"]:
         metrics[split], answers = cell.evaluate(split)
         evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
     # On the CPU the process's high-water mark; Linux counts it in KiB, macOS in bytes.
@@ -509,20 +532,6 @@ def free_folder(task):
     """runs/TASK, or the first runs/TASK-N that is not there: a second run never touches the first."""
     names = (f"runs/{task}" + (f"-{n}" if n > 1 else "") for n in range(1, sys.maxsize))
     return next(name for name in names if not os.path.exists(name))
-
-
-def resume_config(folder, typed):
-    """The Config that a run folder (a grid or one cell of it) was started with; UserError where a typed flag differs."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--resume {folder}: no run there (no config.json); start one with --out {folder}")
-    saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
-    differ = [f"--{name.replace('_', '-')} is {getattr(saved, name)}, not {getattr(wanted, name)}"
-              for name in typed if name not in ("resume", "out") and getattr(saved, name) != getattr(wanted, name)]
-    if differ:
-        raise UserError(f"--resume {folder}: this run's {'; '.join(differ)}: leave it out, or start anew with --out")
-    is_cell = folder.resolve().parts[-2:] == (saved.arms[0], str(saved.seeds[0]))
-    return dataclasses.replace(saved, resume=str(folder), out=str(folder.parent.parent if is_cell else folder))
 
 
 def train(config):
@@ -547,8 +556,6 @@ def train(config):
     if not config.resume:  # before all that costs, so that --resume can start what never began
         write_json(out / "config.json", vars(config))
     data.ask_teacher(config)
-    if config.student == "tiny":
-        torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
     results = {arm: {} for arm in config.arms}
     for seed in config.seeds:
         for arm in config.arms:
@@ -568,11 +575,11 @@ def train(config):
 
 def main(argv=None):
     """The command line: status 0; 2 and one line on stderr for what the user can mend; 130 after Ctrl-C."""
-    out = "OUT"
+    config = configure(argv)
+    config.out = out = config.out or free_folder(config.task)
+    if config.student == "tiny":
+        torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
     try:
-        typed = parse(argv)
-        config = resume_config(typed["resume"], typed) if "resume" in typed else Config(**typed)
-        config.out = out = config.out or free_folder((config.task or "objects").lower())
         print(evaluation.table([metrics for seeds in train(config).values() for metrics in seeds.values()]))
     except UserError as error:
         fail(error)

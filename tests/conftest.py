@@ -1,0 +1,107 @@
+"""Tiny models and tiny official files, made on the spot: no test needs a network or data from elsewhere."""
+import json
+
+import pytest
+import torch
+import transformers
+
+import student as student_module
+from data import TASKS
+
+torch.set_num_threads(1)  # as the command line does for small models: sums in another order round otherwise
+
+TEXTS = ["a man is sleeping on the red sofa", "two dogs run after the small ball", "nobody is awake", "it rains , they stay"]
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+
+
+def family_config(family, vocab):
+    """The smallest sensible configuration of each supported family."""
+    if family == "bert":
+        return transformers.BertConfig(vocab_size=vocab, intermediate_size=64, **SMALL)
+    if family == "roberta":
+        return transformers.RobertaConfig(vocab_size=vocab, intermediate_size=64, pad_token_id=0, max_position_embeddings=80, **SMALL)
+    if family == "deberta-v2":
+        return transformers.DebertaV2Config(vocab_size=vocab, intermediate_size=64, relative_attention=True,
+                                            pos_att_type=["c2p", "p2c"], max_position_embeddings=80, **SMALL)
+    if family == "opt":
+        return transformers.OPTConfig(vocab_size=vocab, ffn_dim=64, max_position_embeddings=80, word_embed_proj_dim=16,
+                                      pad_token_id=0, bos_token_id=2, eos_token_id=3, **SMALL)
+    return transformers.LlamaConfig(vocab_size=vocab, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=80,
+                                    bos_token_id=2, eos_token_id=3, **SMALL)
+
+
+FAMILIES = ("bert", "roberta", "deberta-v2", "opt", "llama")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """family -> a local folder with random weights and a word-level tokenizer, as save_pretrained writes it."""
+    made = {}
+
+    def make(family, dtype=torch.float32):
+        if (family, dtype) not in made:
+            folder = tmp_path_factory.mktemp(family)
+            _, tokenizer = student_module._tiny(TEXTS)
+            if family in ("opt", "llama", "roberta"):
+                tokenizer.model_input_names = ["input_ids", "attention_mask"]
+            torch.manual_seed(0)
+            transformers.AutoModel.from_config(family_config(family, len(tokenizer))).to(dtype).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[family, dtype] = str(folder)
+        return made[family, dtype]
+
+    return make
+
+
+def official_row(task, form, i, label):
+    """Row i of a made-up official file: each text column holds words of its own, so that a lost one is noticed."""
+    row = {task.columns.get(name, name) if form == "tsv" else name: f"{name.replace('_', '')}word{i} stands here ."
+           for name in task.fields}
+    if task.name == "copa":
+        row["question"] = ("cause", "effect")[i % 2]
+    if task.name == "wsc":
+        row = {"text": f"Ann{i} told Bob{i} that she won .", "target": {
+            "span1_index": 0, "span1_text": f"Ann{i}", "span2_index": 4, "span2_text": "she"}}
+    return {**row, task.label_column: label}
+
+
+SUPERGLUE = ("rte", "boolq", "cb", "copa", "wic", "wsc")
+
+
+def write_official(task, root, counts={"train": 12, "dev": 6, "test": 3}):
+    """The files of one understanding task in its official form below root; returns root as a string."""
+    form = "jsonl" if task.name in SUPERGLUE else "tsv"
+    folder = root / task.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"train": "train", "dev": "val" if form == "jsonl" else "dev", "test": "test"}
+    if task.name == "mnli":
+        names = {"train": "train", "dev": "dev_matched", "dev_mismatched": "dev_mismatched", "test": "test_matched"}
+    for split, name in names.items():
+        rows = []
+        for i in range(counts.get(split, 4)):
+            label = task.labels[i % len(task.labels)] if task.labels else f"{i % 6 * 0.9:.3f}"
+            if form == "jsonl":  # JSON has its own true and 1
+                label = {"false": False, "true": True, "0": 0, "1": 1}.get(label, label)
+            row = official_row(task, form, i, label)
+            if split == "test":
+                del row[task.label_column]
+            rows.append({**row, "idx": i} if form == "jsonl" else row)
+        if form == "jsonl":
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+        elif task.name == "cola" and split != "test":  # no header line, four columns
+            text = "".join(f"gj04\t{row['label']}\t\t{row['sentence']}\n" for row in rows)
+        else:
+            text = "".join("\t".join(line) + "\n" for line in [list(rows[0]), *(row.values() for row in rows)])
+        bom = "\ufeff" if task.name == "mrpc" else ""
+        (folder / f"{name}.{form}").write_text(bom + text, encoding="utf-8")
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory):
+    """A data folder with small official files of all fourteen understanding tasks."""
+    root = tmp_path_factory.mktemp("official")
+    for task in TASKS.values():
+        if task.name != "objects":
+            write_official(task, root)
+    return str(root)

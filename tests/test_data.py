@@ -1,0 +1,213 @@
+"""Tasks, official files, shortening, batches. Read beside data.py."""
+import json
+import random
+
+import pytest
+import torch
+
+from data import KEEP, OBJECTS, TASKS, UserError, collate, encode, find_task, length_grouped_batches, load_task
+from student import _tiny
+from tests.conftest import SUPERGLUE, write_official
+
+UNDERSTANDING = [name for name in TASKS if name != "objects"]
+
+
+# ---- official files --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", UNDERSTANDING)
+def test_every_field_reaches_student_and_teacher_and_the_label_reaches_neither(name, official):
+    task, splits = TASKS[name], load_task(name, official)
+    for example in splits["train"]:
+        pair, prompt = " ".join(filter(None, task.pair(example))), task.prompt(example)
+        assert len(example.fields) == len(task.fields) > 0
+        for text in example.fields.values():
+            assert text in pair and text in prompt
+        if name not in ("copa", "wsc"):  # whose made-up texts are written differently
+            assert all(f"{field}word" in prompt for field in task.fields)
+        assert not any(label in prompt.lower().split() for label in task.labels if not label.isdigit())
+
+
+@pytest.mark.parametrize("name", UNDERSTANDING)
+def test_labels_are_numbered_as_the_registry_lists_them_and_test_rows_have_none(name, official):
+    task, splits = TASKS[name], load_task(name.upper(), official)  # names are case-insensitive
+    assert [len(splits[s]) for s in ("train", "dev", "test")] == [12, 6, 3]
+    assert [e.label for e in splits["test"]] == [None] * 3
+    expected = [i % len(task.labels) if task.labels else pytest.approx(i % 6 * 0.9) for i in range(12)]
+    assert [e.label for e in splits["train"]] == expected
+    assert [e.idx for e in splits["train"]] == list(range(12))
+
+
+def test_mnli_has_two_dev_sets(official):
+    assert [len(load_task("mnli", official)[split]) for split in ("dev", "dev_mismatched")] == [6, 4]
+
+
+def test_mrpc_is_read_past_its_byte_order_mark_and_quotes_are_part_of_the_text(tmp_path):
+    root = write_official(TASKS["mrpc"], tmp_path)
+    path = tmp_path / "MRPC" / "train.tsv"
+    path.write_text(path.read_text(encoding="utf-8").replace("sentence1word0 stands", '" sentence1word0 stands'), encoding="utf-8")
+    splits = load_task("mrpc", root)
+    assert splits["train"][0].fields["sentence1"] == '" sentence1word0 stands here .' and len(splits["train"]) == 12
+
+
+def test_rte_prefers_the_jsonl_form_and_reads_the_tsv_form_where_it_is_alone(tmp_path):
+    write_official(TASKS["rte"], tmp_path)
+    tsv = "index\tsentence1\tsentence2\tlabel\n0\tthe premise\tthe hypothesis\tnot_entailment\n"
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "RTE" / name).write_text(tsv)
+    assert len(load_task("rte", tmp_path)["train"]) == 12
+    (tmp_path / "RTE" / "train.jsonl").unlink()
+    example = load_task("rte", tmp_path)["train"][0]
+    assert (example.fields, example.label) == ({"premise": "the premise", "hypothesis": "the hypothesis"}, 1)
+
+
+def test_wsc_marks_both_spans_in_place_and_asks_with_the_span_texts(tmp_path):
+    """Indices count words between white space; a span of two words may have a line break inside."""
+    (tmp_path / "WSC").mkdir()
+    row = {"text": "Then  the\ntall man, said Ann's aunt, lost his hat.", "label": True, "idx": 7, "target": {
+        "span1_text": "tall man", "span1_index": 2, "span2_text": "his", "span2_index": 8}}
+    for name in ("train.jsonl", "val.jsonl"):
+        (tmp_path / "WSC" / name).write_text(json.dumps(row) + "\n")
+    example = load_task("wsc", tmp_path)["train"][0]
+    assert TASKS["wsc"].pair(example) == ("Then  the\n[tall man,] said Ann's aunt, lost *his* hat.", "his refers to tall man")
+    assert (example.label, example.idx) == (1, 7)
+
+
+def test_copa_tells_cause_from_effect_and_offers_both_choices(official):
+    first, second = load_task("copa", official)["train"][:2]
+    assert "What was the cause?" in TASKS["copa"].pair(first)[0] and "What was the effect?" in TASKS["copa"].pair(second)[0]
+    assert all(f"choice{n}word0" in TASKS["copa"].pair(first)[1] for n in (1, 2))
+
+
+def edit(old, new):
+    return lambda text: text.replace(old, new, 1)
+
+
+@pytest.mark.parametrize("name, change, says", [
+    ("rte", lambda text: "", "has no rows"),
+    ("rte", lambda text: text[:-20], r"train.jsonl:12 is not JSON"),
+    ("rte", edit('"premise"', '"prem"'), r"train.jsonl:1 has no text 'premise'"),
+    ("rte", edit('"entailment"', '"perhaps"'), r"train.jsonl:1 has the label 'perhaps': expected one of entailment, not_entailment"),
+    ("rte", lambda text: "[]\n" + text, "train.jsonl:1 is not a JSON object"),
+    ("sst2", edit("\t1\n", "\n"), r"train.tsv:3 has 1 columns, not 2: sentence, label"),
+    ("cola", edit("\t1\t", "\t7\t"), r"train.tsv:2 has the label '7': expected one of 0, 1"),
+    ("stsb", edit("0.900", "5.9"), r"train.tsv:3 has the score '5.9': expected a number from 0 to 5"),
+    ("stsb", edit("0.900", "high"), r"train.tsv:3 has the score 'high'"),
+    ("wsc", edit('"span2_index": 4', '"span2_index": 99'), r"train.jsonl:1 has no text with two spans")])
+def test_a_damaged_file_is_named_with_its_line(tmp_path, name, change, says):
+    root = write_official(TASKS[name], tmp_path)
+    path = tmp_path / TASKS[name].folder / ("train.jsonl" if name in SUPERGLUE else "train.tsv")
+    path.write_text(change(path.read_text()))
+    with pytest.raises(UserError, match=says):
+        load_task(name, root)
+
+
+def test_a_file_that_is_missing_or_not_utf8_and_a_task_that_is_unknown_are_named(tmp_path):
+    with pytest.raises(UserError, match="RTE/train.tsv is missing: give --data-dir"):
+        load_task("rte", tmp_path)
+    write_official(TASKS["rte"], tmp_path)
+    (tmp_path / "RTE" / "val.jsonl").write_bytes("{\"premise\": \"caf\xe9\"}".encode("latin-1"))
+    with pytest.raises(UserError, match="val.jsonl is not UTF-8"):
+        load_task("rte", tmp_path)
+    with pytest.raises(UserError, match="unknown task 'rtee': did you mean rte?"):
+        find_task("rtee")
+
+
+# ---- objects -----------------------------------------------------------------------------------------------------
+def test_objects_shares_no_pair_between_splits_in_either_order_and_shows_every_object_in_training():
+    pairs = {split: [frozenset(w for w in e.fields["text"].replace("?", "").replace(":", "").split() if w in OBJECTS) for e in examples]
+             for split, examples in load_task("objects").items()}
+    assert all(len(pair) == 2 for split in pairs.values() for pair in split)
+    everything = pairs["train"] + pairs["dev"] + pairs["test"]
+    assert len(set(everything)) == len(everything) and len(pairs["train"]) == 120 and len(pairs["dev"]) == 500
+    assert frozenset.union(*pairs["train"]) == OBJECTS.keys()
+
+
+def test_objects_labels_say_whether_the_first_named_object_is_the_larger_by_a_quarter_at_least():
+    for example in load_task("objects")["dev"]:
+        first, second = [OBJECTS[w][0] for w in example.fields["text"].replace("?", "").replace(":", "").split() if w in OBJECTS]
+        assert example.label == (first > second) and max(first, second) >= 1.25 * min(first, second)
+
+
+# ---- shortening --------------------------------------------------------------------------------------------------
+WORDS = [f"w{i}" for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return _tiny([" ".join(WORDS) + " what was the cause 1 2 : ?"])[1]
+
+
+def example_of(name, **fields):
+    from data import Example
+    return Example(fields, 0, 0, f"{name}:1")
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_long_text_loses_the_end_of_its_longest_field_and_nothing_else(tokenizer, decoder):
+    example = example_of("rte", premise=" ".join(WORDS[:200]), hypothesis=" ".join(WORDS[200:210]))
+    rows, shortened = encode(TASKS["rte"], [example], tokenizer, 40, decoder)
+    words = tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])
+    assert shortened == 1 and len(words) == 40
+    assert [w for w in words if w in WORDS[200:]] == WORDS[200:210]  # the hypothesis is whole
+    kept = [w for w in words if w in WORDS[:200]]
+    assert kept == WORDS[:len(kept)] and len(kept) >= 27              # the premise is a prefix, as long as fits
+
+
+def test_two_long_fields_are_shortened_to_about_equal_length(tokenizer):
+    example = example_of("rte", premise=" ".join(WORDS[:150]), hypothesis=" ".join(WORDS[150:280]))
+    rows, _ = encode(TASKS["rte"], [example], tokenizer, 64, False)
+    words = tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])
+    counts = [sum(w in group for w in words) for group in (WORDS[:150], WORDS[150:])]
+    assert abs(counts[0] - counts[1]) <= 1 and sum(counts) == 61
+
+
+def test_the_question_and_the_templates_own_words_are_never_shortened(tokenizer):
+    example = example_of("copa", premise=" ".join(WORDS[:90]), question="cause", choice1=" ".join(WORDS[90:180]), choice2="w299")
+    rows, _ = encode(TASKS["copa"], [example], tokenizer, 32, False)
+    text = tokenizer.decode(rows[0]["input_ids"])
+    assert "what was the cause ?" in text and "1 :" in text and "2 : w299" in text
+    assert "question" in KEEP
+
+
+def test_a_maximum_too_small_for_what_must_stay_is_an_error_that_gives_the_number(tokenizer):
+    example = example_of("boolq", question=" ".join(WORDS[:20]), passage="w50 w51")
+    with pytest.raises(UserError, match="--max-length 10 is too small for boolq:1.* takes 22 tokens"):
+        encode(TASKS["boolq"], [example], tokenizer, 10, False)
+
+
+def test_texts_that_fit_are_left_alone(tokenizer):
+    example = example_of("rte", premise="w1 w2", hypothesis="w3")
+    rows, shortened = encode(TASKS["rte"], [example] * 3, tokenizer, 7, False)
+    assert shortened == 0 and rows[2]["input_ids"] == tokenizer("w1 w2", "w3")["input_ids"]
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n, batch_size", [(100, 8), (7, 8), (8, 8), (1000, 32)])
+def test_every_row_comes_exactly_once_and_only_one_batch_is_short(n, batch_size):
+    lengths = [random.Random(i).randint(5, 100) for i in range(n)]
+    batches = length_grouped_batches(lengths, batch_size, seed=3)
+    assert sorted(row for batch in batches for row in batch) == list(range(n))
+    assert sorted(len(batch) for batch in batches)[1:] == [batch_size] * (len(batches) - 1)
+
+
+def test_batches_depend_on_the_seed_alone_and_come_in_no_order_of_length():
+    lengths = [random.Random(i).randint(5, 100) for i in range(400)]
+    a, b, c = (length_grouped_batches(lengths, 8, seed) for seed in (1, 1, 2))
+    means = [sum(lengths[row] for row in batch) for batch in a]
+    assert a == b != c and means != sorted(means)
+
+
+def test_grouping_saves_most_of_the_padding():
+    lengths = [random.Random(i).randint(5, 100) for i in range(1000)]
+    order = list(range(1000))
+    random.Random(0).shuffle(order)
+    padding = lambda batches: sum(max(lengths[r] for r in b) * len(b) - sum(lengths[r] for r in b) for b in batches)
+    assert padding(length_grouped_batches(lengths, 16, 0)) < 0.25 * padding([order[i:i + 16] for i in range(0, 1000, 16)])
+
+
+def test_collate_pads_to_the_longest_row_of_the_batch_and_masks_the_padding():
+    rows = [{"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1]}, {"input_ids": [8], "token_type_ids": [1]}]
+    batch = collate(rows, pad_id=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert all(value.dtype == torch.int64 for value in batch.values())

@@ -1,0 +1,195 @@
+"""Students: pooling, heads, saving, asking. Every fact is checked for every family. Read beside student.py."""
+import pytest
+import torch
+import transformers
+
+import student as student_module
+from data import UserError, collate
+from student import build_student, load_student
+from tests.conftest import FAMILIES, TEXTS
+
+
+def batch_of(student, texts, left=False, extra=0):
+    """Pad to the longest text plus `extra`, on the right or on the left."""
+    rows = [dict(student.tokenizer(text)) for text in texts]
+    width = max(len(row["input_ids"]) for row in rows) + extra
+    batch = {}
+    for key in rows[0]:
+        fill = student.tokenizer.pad_token_id if key == "input_ids" else 0
+        batch[key] = torch.tensor([[fill] * (width - len(row[key])) + row[key] if left else
+                                   row[key] + [fill] * (width - len(row[key])) for row in rows])
+    return batch
+
+
+@pytest.fixture(params=FAMILIES)
+def student(request, model_folder):
+    torch.manual_seed(0)
+    return build_student(model_folder(request.param), 3, 12).eval()
+
+
+def test_outputs_have_the_shapes_and_formulas_of_the_method(student):
+    batch = batch_of(student, TEXTS)
+    out, heads = student(**batch), student.heads
+    h = student.pool(student.lm(**batch), batch["attention_mask"])
+    torch.testing.assert_close(out.logits, heads["classifier"](h))
+    torch.testing.assert_close(out.proj, h @ heads["projection"].weight.T)  # linear, no bias
+    torch.testing.assert_close(out.aux_logits, heads["aux_classifier"](out.proj))
+    assert [tuple(x.shape) for x in out] == [(4, 3), (4, 3), (4, 12)]
+
+
+def test_padding_changes_nothing(student):
+    """A text alone, among longer ones, and with ten columns of padding more: the same vector."""
+    together = student(**batch_of(student, TEXTS))
+    wide = student(**batch_of(student, TEXTS, extra=10))
+    for i, text in enumerate(TEXTS):
+        for one, many, more in zip(student(**batch_of(student, [text])), together, wide):
+            torch.testing.assert_close(one[0], many[i], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(one[0], more[i], atol=2e-5, rtol=1e-4)
+
+
+def test_a_decoder_gives_the_same_vector_under_left_padding(student):
+    if student.decoder:
+        right, left = (student(**batch_of(student, TEXTS, left=left, extra=3)) for left in (False, True))
+        torch.testing.assert_close(right.logits, left.logits, atol=2e-5, rtol=1e-4)
+
+
+def test_pooling_reads_the_position_its_family_calls_for(student):
+    """BERT and RoBERTa: the pooler; DeBERTa: the first token; OPT and LLaMA: the last real token, here before padding
+    whose id is that of a real token (LLaMA folders often pad with end-of-text)."""
+    batch, family = batch_of(student, TEXTS, extra=2), student.lm.config.model_type
+    batch["input_ids"][batch["attention_mask"] == 0] = student.tokenizer.sep_token_id
+    out = student.lm(**batch)
+    last = batch["attention_mask"].sum(1) - 1
+    expected = {"bert": lambda: out.pooler_output, "roberta": lambda: out.pooler_output,
+                "deberta-v2": lambda: out.last_hidden_state[:, 0],
+                "opt": lambda: out.last_hidden_state[range(4), last], "llama": lambda: out.last_hidden_state[range(4), last]}
+    assert (student.pool(out, batch["attention_mask"]) == expected[family]()).all()
+
+
+def test_every_word_reaches_the_pooled_vector(student):
+    """Position 0 under a causal mask would give the same vector for every text."""
+    words = TEXTS[0].split()
+    plain = student(**batch_of(student, [TEXTS[0]])).logits
+    for i in (0, len(words) // 2, len(words) - 1):
+        changed = " ".join([*words[:i], "nobody", *words[i + 1:]])
+        assert (student(**batch_of(student, [changed])).logits - plain).abs().max() > 1e-6
+
+
+def test_gradients_reach_every_layer_with_and_without_checkpointing_and_are_equal(student):
+    """In train mode, so that the recomputed layers must draw the same dropout."""
+    def gradients():
+        torch.manual_seed(3)
+        student.zero_grad()
+        out = student.train()(**batch_of(student, TEXTS))
+        (out.logits.square().sum() + out.aux_logits.square().sum()).backward()
+        return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    student.checkpoint_gradients()
+    assert student.lm.is_activation_checkpointing or student.lm.is_gradient_checkpointing
+    recomputed = gradients()
+    assert all(any(f".{layer}." in name for name in plain) for layer in (0, 1))
+    assert plain.keys() == recomputed.keys()
+    torch.testing.assert_close(plain, recomputed)
+
+
+def test_save_and_load_give_the_same_outputs_and_automodel_opens_the_folder(student, tmp_path):
+    student.save(tmp_path)
+    loaded, batch = load_student(tmp_path), batch_of(student, TEXTS)
+    assert not loaded.training
+    for a, b in zip(student(**batch), loaded(**batch)):
+        assert (a == b).all()
+    lm, tokenizer = transformers.AutoModel.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (lm(**batch).last_hidden_state == student.lm(**batch).last_hidden_state).all()
+    assert tokenizer(TEXTS[0])["input_ids"] == student.tokenizer(TEXTS[0])["input_ids"]
+
+
+def test_predict_names_the_label_of_each_text_in_order_whatever_the_batch_size(student):
+    student.settings["labels"] = ["no", "maybe", "yes"]
+    logits = student(**batch_of(student, TEXTS)).logits
+    named = [["no", "maybe", "yes"][i] for i in logits.argmax(-1)]
+    assert student.predict(TEXTS) == student.predict(TEXTS, batch_size=1) == named
+    assert student.predict([(text, TEXTS[0]) for text in TEXTS], batch_size=3)[0] in named + ["no", "maybe", "yes"]
+
+
+def test_predict_of_a_regression_gives_scores_from_0_to_5_and_leaves_the_mode_alone(model_folder):
+    student = build_student(model_folder("bert"), 1, 8).train()
+    torch.nn.init.constant_(student.heads["classifier"].bias, 9.0)
+    assert student.predict(TEXTS) == [5.0] * 4 and student.training
+
+
+def test_a_float16_checkpoint_is_loaded_in_float32(model_folder):
+    """transformers keeps the stored dtype; OPT's is float16, in which a step of 2e-5 times a gradient changes nothing."""
+    folder = model_folder("opt", torch.float16)
+    assert transformers.AutoModel.from_pretrained(folder).dtype == torch.float16
+    assert {p.dtype for p in build_student(folder, 2, 8).parameters()} == {torch.float32}
+
+
+def test_no_vocabulary_head_is_loaded(student):
+    """AutoModel, not AutoModelForCausalLM: a head of vocabulary width would be dead weight."""
+    assert not any("lm_head" in name for name, _ in student.named_parameters())
+
+
+@pytest.mark.parametrize("proj_dim", [20, 32, 50])
+def test_an_orthogonal_student_projection_is_orthogonal_at_any_width(model_folder, proj_dim):
+    projection = build_student(model_folder("bert"), 2, proj_dim, orthogonal=True).heads["projection"]
+    P = projection(torch.eye(32)).T  # (d, d_s)
+    gram = P @ P.T if proj_dim <= 32 else P.T @ P
+    torch.testing.assert_close(gram, torch.eye(min(proj_dim, 32)), atol=1e-5, rtol=0)
+
+
+# ---- tiny ------------------------------------------------------------------------------------------------------
+def test_tiny_makes_its_vocabulary_from_texts_and_reads_pairs():
+    student = build_student("tiny", 2, 8, texts=["Is a mouse bigger than a piano?"])
+    ids = student.tokenizer(["A MOUSE?", "zebra"], ["piano", "piano"])
+    assert student.tokenizer.convert_ids_to_tokens(ids["input_ids"][0]) == ["[CLS]", "a", "mouse", "?", "[SEP]", "piano", "[SEP]"]
+    assert student.tokenizer.convert_ids_to_tokens(ids["input_ids"][1])[1] == "[UNK]"
+    assert ids["token_type_ids"][0] == [0, 0, 0, 0, 0, 1, 1]
+    assert student(**collate([{k: v for k, v in zip(ids, row)} for row in zip(*ids.values())], 0)).logits.shape == (2, 2)
+
+
+def test_tiny_without_texts_is_an_error():
+    with pytest.raises(UserError, match="texts="):
+        build_student("tiny", 2, 8)
+
+
+# ---- names that cannot be had ------------------------------------------------------------------------------------
+def test_a_folder_without_a_model_and_a_folder_without_a_student_are_named(tmp_path):
+    with pytest.raises(UserError, match="holds no config.json"):
+        build_student(str(tmp_path), 2, 8)
+    with pytest.raises(UserError, match="no student.json"):
+        load_student(tmp_path)
+
+
+@pytest.mark.parametrize("status, code, says", [
+    (404, "RepoNotFound", "did you mean opt-1.3b"), (401, "GatedRepo", "accept its licence"), (None, None, "could not fetch")])
+def test_what_the_hub_refuses_is_one_line_after_one_question(monkeypatch, status, code, says):
+    """Against a loopback server, or a port that nobody listens on; transformers by itself would retry for half a minute."""
+    import http.server
+    import threading
+
+    asked = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port = server.server_port
+    if status is None:
+        server.shutdown()
+        server.server_close()
+    monkeypatch.setattr(student_module.hub, "hf_hub_url", lambda repo, file: f"http://127.0.0.1:{port}/{repo}/resolve/main/{file}")
+    with pytest.raises(UserError, match=says) as error:
+        build_student("opt-1.3", 2, 8)
+    assert "\n" not in str(error.value) and len(asked) == (0 if status is None else 1)
+    if status:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,386 @@
+"""The loop: seeds, schedules, accumulation, checkpoints, the command line. Read beside train.py."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval as evaluation
+import losses
+import train as training
+from data import TASKS, UserError, load_task
+from student import load_student
+from train import ARMS, Cell, Config, Data, lr_factor, main, resolve, run, seed_of, train
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = dict(task="objects", epochs=2, eval_every=1, limit=40, batch_size=16)  # 3 steps an epoch, the last one of 8
+
+
+def cell_of(folder, arm="armada", seed=0, **flags):
+    """A cell as train() makes it, not yet run."""
+    config = resolve(Config(**{**QUICK, "arms": (arm,), "seeds": (seed,), **flags}))
+    config = dataclasses.replace(config, **ARMS[arm])
+    data = Data(config)
+    data.ask_teacher(config)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    cell = Cell(config, data, Path(folder))
+    data.encode(cell.student, config)
+    return cell
+
+
+def weights(folder):
+    return {name: tensor for file in ("model", "heads", "training") if (Path(folder) / f"{file}.safetensors").exists()
+            for name, tensor in load_file(Path(folder) / f"{file}.safetensors").items()}
+
+
+def assert_identical(a, b):
+    assert a.keys() == b.keys() and len(a) > 0
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def lines(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def outcome(folder):
+    """metrics.json without the clock and the memory, which differ from run to run."""
+    metrics = json.loads((Path(folder) / "metrics.json").read_text())
+    return {key: value for key, value in metrics.items() if key not in ("seconds", "peak_memory_mib")}
+
+
+# ---- seeds and schedules -------------------------------------------------------------------------------------------
+def test_the_rate_rises_for_a_tenth_of_the_steps_at_most_a_hundred_and_falls_linearly_to_zero():
+    factors = [lr_factor(step, 80) for step in range(80)]
+    assert factors[:8] == pytest.approx([(i + 1) / 8 for i in range(8)]) and factors[8] == 1
+    assert np.diff(factors[8:]) == pytest.approx(-1 / 72) and factors[-1] == pytest.approx(1 / 72)
+    assert max(range(5000), key=lambda step: lr_factor(step, 5000)) in (99, 100)
+    assert [lr_factor(step, 3) for step in range(3)] == pytest.approx([1, 2 / 3, 1 / 3])  # too short for a warm-up
+
+
+def test_every_step_has_a_seed_of_its_own():
+    seeds = {seed_of(s, role, epoch, step, micro) for s in (0, 1) for role in ("aligner", "student")
+             for epoch in range(5) for step in range(5) for micro in (0, 8)}
+    assert len(seeds) == 2 * 2 * 5 * 5 * 2 and seed_of(0, "student") == seed_of(0, "student")
+
+
+def test_arms_of_one_seed_share_initial_weights_data_order_and_dropout(tmp_path, monkeypatch):
+    """So that their differences are paired. The dropout is seen in the first student step, before any update:
+    all arms must report the same main logits."""
+    first = {}
+    monkeypatch.setattr(training, "student_loss", lambda out, *rest, **kw: first.setdefault("out", []).append(out.logits.detach().clone())
+                        or losses.student_loss(out, *rest, **kw))
+    seen = {}
+    for arm in ARMS:
+        cell = cell_of(tmp_path / arm, arm, epochs=1)
+        start = {name: value.clone() for name, value in cell.student.state_dict().items()}
+        order = [rows for _, role, _, rows in cell.schedule() if role == "student"]
+        first.clear()
+        run(cell)
+        seen[arm] = (start, order, first["out"][0])
+    start, order, logits = seen["armada"]
+    for arm in ARMS:
+        assert_identical(start, seen[arm][0])
+        assert seen[arm][1] == order and torch.equal(seen[arm][2], logits)
+    assert not torch.equal(start["lm.embeddings.word_embeddings.weight"],
+                           cell_of(tmp_path / "other", seed=1).student.state_dict()["lm.embeddings.word_embeddings.weight"])
+
+
+def test_each_epoch_shows_every_example_once_to_the_aligner_and_then_once_to_the_student(tmp_path):
+    cell = cell_of(tmp_path)
+    plan = list(cell.schedule())
+    assert [(epoch, role, step) for epoch, role, step, _ in plan] == [
+        (epoch, role, step) for epoch in range(2) for role in ("aligner", "student") for step in range(3)]
+    for start in range(0, 12, 3):
+        assert sorted(row for *_, rows in plan[start:start + 3] for row in rows) == list(range(40))
+    assert [role for _, role, _, _ in cell_of(tmp_path / "u", "undistilled").schedule()] == ["student"] * 6
+
+
+def test_shuffling_gives_every_text_another_texts_vector_and_each_vector_once(tmp_path):
+    cell = cell_of(tmp_path)
+    own = cell.data.pairing(cell.config, 0)
+    mixed, again, other = (cell.data.pairing(dataclasses.replace(cell.config, pairing="shuffled"), seed) for seed in (0, 0, 1))
+    assert own.tolist() == list(range(40)) == sorted(mixed.tolist())
+    assert (mixed != own).all() and torch.equal(mixed, again) and not torch.equal(mixed, other)
+
+
+def test_teacher_vectors_are_divided_by_the_training_root_mean_square_and_not_centred(tmp_path):
+    data = cell_of(tmp_path).data
+    raw = data.teacher.encode([TASKS["objects"].prompt(e) for e in data.splits["train"]])
+    scale = np.sqrt((raw.astype(float) ** 2).mean())
+    np.testing.assert_allclose(data.vectors["train"].numpy(), raw / scale, rtol=1e-5)
+    assert len(data.vectors["dev"]) == 500
+
+
+# ---- the step ------------------------------------------------------------------------------------------------------
+def test_micro_batches_give_the_update_of_the_whole_batch(tmp_path, monkeypatch):
+    """With dropout off (its draws differ by micro-batch). 37 examples in batches of 16: the last has 5, cut into 4 + 1."""
+    original = torch.nn.Module.train
+    monkeypatch.setattr(torch.nn.Module, "train", lambda self, mode=True: original(self, False))
+    results = []
+    for i, micro in enumerate((16, 8, 4)):
+        cell = cell_of(tmp_path / str(i), batch_size=16, micro_batch=micro, limit=37, epochs=1)
+        run(cell)
+        results.append({name: value.clone() for name, value in cell.student.state_dict().items()})
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(results[0][name], results[2][name], atol=2e-4, rtol=1e-3)
+
+
+def test_the_student_step_leaves_the_aligner_alone_and_the_aligner_step_the_student(tmp_path, monkeypatch):
+    cell, seen = cell_of(tmp_path, epochs=1), []
+    snapshot = lambda: [sum(p.double().sum().item() for p in m.parameters()) for m in (cell.aligner, cell.student)]
+    monkeypatch.setattr(training, "lr_factor", lambda step, steps: seen.append(snapshot()) or lr_factor(step, steps))
+    run(cell)
+    aligner, student = zip(*seen)
+    assert len(set(student[:4])) == 1 and len(set(aligner[:4])) == 4   # three aligner steps
+    assert len(set(aligner[3:])) == 1 and len(set(student[3:])) == 3   # three student steps
+
+
+def test_mixed_precision_on_the_cpu_stays_close_to_float32(tmp_path):
+    losses_of = {}
+    for amp in ("off", "bf16"):
+        run(cell_of(tmp_path / amp, amp=amp, epochs=1))
+        losses_of[amp] = [line["loss"] for line in lines(tmp_path / amp) if line.get("role") == "student"]
+    assert losses_of["off"] != losses_of["bf16"] and losses_of["off"] == pytest.approx(losses_of["bf16"], rel=0.02)
+
+
+@pytest.mark.parametrize("term", ["task", "output", "manifold"])
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_term_and_the_first_bad_step(tmp_path, monkeypatch, term):
+    calls = []
+
+    def spoiled(*args, **kwargs):
+        total, parts = losses.student_loss(*args, **kwargs)
+        calls.append(1)
+        return total, {**parts, term: parts[term] * float("nan")} if len(calls) >= 5 else parts
+
+    monkeypatch.setattr(training, "student_loss", spoiled)
+    cell = cell_of(tmp_path)
+    with pytest.raises(UserError, match=rf"the student's {term} became nan at step 5 \(epoch 2\)"):
+        run(cell)
+    assert json.loads((tmp_path / "last" / "training.json").read_text())["done"] == 6  # the first epoch's checkpoint stands
+
+
+def test_a_regression_starts_all_four_heads_at_the_mean_label(official, tmp_path):
+    """A relu that starts below zero has no gradient and stays there."""
+    config = resolve(Config(task="stsb", data_dir=official, student="tiny", teacher="painter", epochs=1, arms="armada", out=str(tmp_path / "x")))
+    data = Data(config)
+    data.ask_teacher(config)
+    cell = Cell(config, data, tmp_path)
+    mean = np.mean([e.label for e in data.splits["train"]])
+    heads = [cell.aligner.classifier, cell.aligner.aux_classifier, cell.student.heads["classifier"], cell.student.heads["aux_classifier"]]
+    assert [head.bias.item() for head in heads] == pytest.approx([mean] * 4)
+    assert data.labels.dtype == torch.float32
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run to compare with."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(cell_of(folder))
+    return folder
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 10, 12])
+def test_a_run_killed_at_any_step_and_resumed_ends_bit_identical(tmp_path, monkeypatch, whole, stop):
+    """Killed in the aligner's pass or the student's, before or after the first checkpoint: same weights, same optimizer
+    moments, same best epoch, same log but for the clock."""
+    calls = []
+
+    def dies(step, steps):
+        calls.append(1)
+        if len(calls) == stop:
+            raise RuntimeError("killed")
+        return lr_factor(step, steps)
+
+    monkeypatch.setattr(training, "lr_factor", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(cell_of(tmp_path))
+    monkeypatch.setattr(training, "lr_factor", lr_factor)
+    run(cell_of(tmp_path))
+    for part in ("last", "best"):
+        assert_identical(weights(tmp_path / part), weights(whole / part))
+    assert outcome(tmp_path) == outcome(whole)
+    strip = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    assert strip(lines(tmp_path)) == strip(lines(whole))
+
+
+def test_ctrl_c_saves_at_the_next_step_and_the_resumed_run_ends_bit_identical(tmp_path, monkeypatch, whole, capsys):
+    calls = []
+
+    def pressed(step, steps):
+        calls.append(1)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        return lr_factor(step, steps)
+
+    monkeypatch.setattr(training, "lr_factor", pressed)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()] + ["--arms=armada", "--seeds=0"]
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, f"--out={tmp_path / 'run'}"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 130 and f"python train.py --resume {tmp_path / 'run'}" in error and "Traceback" not in error
+    assert json.loads((tmp_path / "run/armada/0/last/training.json").read_text())["done"] == 8
+    main(["--resume", str(tmp_path / "run")])
+    assert_identical(weights(tmp_path / "run/armada/0/last"), weights(whole / "last"))
+    assert outcome(tmp_path / "run/armada/0") == outcome(whole)
+
+
+def test_a_process_killed_by_the_system_is_resumed_from_its_last_checkpoint(tmp_path, whole):
+    """SIGKILL, which no handler sees, as soon as there is a checkpoint."""
+    command = [sys.executable, str(ROOT / "train.py"), f"--out={tmp_path / 'run'}", "--arms=armada", "--seeds=0",
+               *(f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items())]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cell, deadline = tmp_path / "run/armada/0", time.time() + 60
+    while not (cell / "last").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    main(["--resume", str(tmp_path / "run")])
+    assert_identical(weights(cell / "last"), weights(whole / "last"))
+    assert outcome(cell) == outcome(whole)
+
+
+def test_replacing_a_folder_leaves_one_whole_folder_wherever_it_is_killed(tmp_path):
+    folder = tmp_path / "last"
+    training.replace_folder(folder, lambda new: (new / "a").write_text("1"))
+
+    def fails(new):
+        (new / "a").write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        training.replace_folder(folder, fails)
+    assert (folder / "a").read_text() == "1"
+    folder.rename(tmp_path / "last.old")  # as a kill between the two renames leaves it
+    assert training.recover_folder(folder) and (folder / "a").read_text() == "1"
+    training.replace_folder(folder, lambda new: (new / "a").write_text("2"))
+    assert (folder / "a").read_text() == "2" and sorted(p.name for p in tmp_path.iterdir()) == ["last"]
+
+
+def test_a_finished_cell_is_read_and_not_trained_again(tmp_path, monkeypatch):
+    config = Config(**QUICK, arms="armada", seeds="0", out=str(tmp_path / "run"))
+    first = train(config)
+    monkeypatch.setattr(training, "run", lambda cell: pytest.fail("trained again"))
+    assert train(Config(resume=str(tmp_path / "run"))) == first
+
+
+def test_one_cell_of_a_grid_can_be_resumed_alone(tmp_path):
+    train(Config(**QUICK, arms="undistilled,armada", seeds="0", out=str(tmp_path / "run")))
+    (tmp_path / "run/undistilled/0/metrics.json").unlink()
+    results = train(Config(resume=str(tmp_path / "run/undistilled/0")))
+    assert list(results) == ["undistilled"] and (tmp_path / "run/undistilled/0/metrics.json").exists()
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+def test_every_field_of_the_configuration_is_a_flag_with_a_sentence_of_help():
+    for field in dataclasses.fields(Config):
+        help = field.metadata["help"]
+        assert help[0].isupper() and help.endswith(".") and len(help.split()) >= 4, field.name
+    assert Config.__dataclass_fields__["loss"].metadata["choices"] == losses.KINDS
+
+
+def test_help_and_errors_of_flags_come_before_torch_is_imported(tmp_path):
+    """A torch that refuses to be imported stands in the way."""
+    (tmp_path / "torch.py").write_text("raise ImportError('too early')")
+    def call(*args):
+        return subprocess.run([sys.executable, str(ROOT / "train.py"), *args], capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert call("--help").returncode == 0 and "--grad-checkpoint" in call("--help").stdout
+    for args, says in ((["--bta", "1"], "did you mean --beta?"), (["--task", "rtee"], "did you mean rte?"),
+                       (["--micro-batch", "12", "--batch-size", "64"], "try 8 or 16")):
+        answer = call(*args)
+        assert answer.returncode == 2 and says in answer.stderr and answer.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--beta nan", "--beta nan must be a number at least 0"), ("--alpha 1.5", "at least 0 and at most 1"), ("--temperature 0", "above 0"),
+    ("--lr 0", "--lr 0.0 must be a number above 0"), ("--epochs 0", "--epochs 0 must be"), ("--epochs two", "invalid int value"),
+    ("--arms armda", "did you mean armada?"), ("--arms armada,armada", "name each once"), ("--seeds 0,x", "give whole numbers, as in 0,1,2"),
+    ("--seeds -1", "seeds from 0"), ("--loss cosin", "did you mean cosine?"),
+    ("--teacher paintr", "did you mean painter?"), ("--device gpu", "choose auto, cpu"), ("--device cuda:77", "torch sees"),
+    ("--teacher painter:7", "dose RHO from 0"), ("--amp fp32", "known: auto, off, bf16, fp16"),
+    ("--student /nowhere/model", "no folder here"), ("--task rte --student tiny --data-dir /nowhere", "RTE/train.tsv is missing"),
+    ("--max-length 600 --epochs 1", "tiny reads at most 512 tokens"), ("--task copa --student tiny --teacher painter --max-length 9", "is too small for"),
+    ("--proj-dim 2000", "--proj-dim 2000 is more than the 1024 of painter"), ("--resume /nowhere", "no run there"),
+    ("--task rte --teacher vectors:/nowhere --student tiny", "has no train.npy")])
+def test_bad_input_gets_one_line_and_exit_status_2(flags, says, tmp_path, official, capsys):
+    flags = flags.split() + ([] if "--resume" in flags else ["--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stop:
+        main(flags if "--data-dir" in flags else [*flags, "--data-dir", official])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and says in error and error.count("\n") == 1
+
+
+def test_an_output_folder_that_holds_a_run_is_not_touched_and_a_resumed_run_keeps_its_flags(tmp_path, capsys):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()] + ["--arms=undistilled", "--seeds=0"]
+    out = str(tmp_path / "run")
+    main([*flags, "--out", out])
+    before = (tmp_path / "run/undistilled/0/metrics.json").read_text()
+    for again, says in (([*flags, "--out", out], f"go on with --resume {out}"),
+                        (["--resume", out, "--lr=1", "--beta=20"], "--lr is 0.004, not 1.0: leave it out")):
+        with pytest.raises(SystemExit) as stop:
+            main(again)
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+    main(["--resume", out, "--beta=20"])  # the same value may be typed again
+    assert (tmp_path / "run/undistilled/0/metrics.json").read_text() == before
+
+
+def test_from_official_files_to_predictions_and_back_through_eval(official, tmp_path, capsys):
+    """The whole command line on small RTE files: train, table, eval.py from the saved folder, AutoModel, one's own texts."""
+    out = str(tmp_path / "run")
+    main(["--task=RTE", "--data-dir", official, "--student=tiny", "--teacher=painter", "--arms=undistilled,armada,shuffled",
+          "--seeds=0,1", "--epochs=1", "--batch-size=8", "--out", out])
+    trained = capsys.readouterr().out
+    assert "mean ± standard deviation over seeds" in trained
+    for arm in ARMS:
+        for seed in "01":
+            names = {path.name for path in (tmp_path / "run" / arm / seed).iterdir()}
+            assert names == {"config.json", "log.jsonl", "last", "best", "metrics.json", "predictions_dev.jsonl", "predictions_test.jsonl"}
+    metrics = outcome(tmp_path / "run/armada/1")
+    assert metrics["test"] is None and metrics["aligner"] and outcome(tmp_path / "run/undistilled/1")["aligner"] is None
+    predictions = [json.loads(line) for line in (tmp_path / "run/armada/1/predictions_dev.jsonl").read_text().splitlines()]
+    labels = [TASKS["rte"].labels[e.label] for e in load_task("rte", official)["dev"]]
+    assert metrics["dev"]["accuracy"] == pytest.approx(np.mean([p["label"] == y for p, y in zip(predictions, labels)]))
+    evaluation.main([out])
+    rows = lambda text: sorted(line for line in text.splitlines() if line.startswith(tuple(ARMS)) and "±" in line)
+    assert rows(capsys.readouterr().out) == rows(trained)
+    student = load_student(tmp_path / "run/armada/1/last")
+    answers = student.predict([TASKS["rte"].pair(e) for e in load_task("rte", official)["dev"]])
+    assert answers == [p["label"] for p in predictions]
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "deberta-v2"])
+def test_the_documented_command_trains_a_folder_in_place_of_the_short_name(family, official, model_folder, tmp_path):
+    """`--task rte --student opt-1.3b` with a tiny float16 folder for opt-1.3b: trained in float32, saved in float32."""
+    folder = model_folder(family, torch.float16 if family == "opt" else torch.float32)
+    main(["--task=rte", "--data-dir", official, "--student", folder, "--teacher=painter", "--epochs=1", "--max-length=64",
+          "--grad-checkpoint=on", "--orthogonal-student", "--out", str(tmp_path / "run")])
+    saved = weights(tmp_path / "run/armada/0/last")
+    assert {value.dtype for name, value in saved.items() if "lm" not in name} == {torch.float32}
+    assert load_student(tmp_path / "run/armada/0/last").decoder == (family != "deberta-v2")
+
+
+@pytest.mark.parametrize("name", ["cola", "stsb", "mnli", "cb"])
+def test_other_kinds_of_task_run_through_the_same_loop(name, official, tmp_path):
+    config = Config(task=name, data_dir=official, student="tiny", teacher="painter", epochs=1, out=str(tmp_path / "run"))
+    metrics = train(config)["armada"][0]
+    assert set(metrics["dev"]) == set(TASKS[name].metrics)
+    assert ("dev_mismatched" in metrics) == (name == "mnli")
+
+
+def test_the_bare_command_is_the_demonstration_and_a_named_task_one_cell():
+    bare, named = resolve(Config()), resolve(Config(task="rte"))
+    assert (bare.task, bare.student, bare.teacher, bare.arms, bare.seeds) == (
+        "objects", "tiny", "painter", ("undistilled", "armada", "shuffled"), tuple(range(7)))
+    assert (named.student, named.teacher, named.arms, named.seeds, named.lr, named.epochs, named.beta) == (
+        "bert-base", "clip", ("armada",), (0,), 2e-5, 10, 1.0)
