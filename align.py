@@ -7,7 +7,7 @@ Shapes: B batch, d_e teacher vector (1024 = a 4x16x16 Stable Diffusion latent), 
     a_t = C'_t drop(p_t)                      (B, C)    auxiliary logits
 
     aligner = TSAligner(latent_dim=1024, num_labels=2)
-    aligner_loss(aligner(e), y, gamma=1.0).backward()      # then optimizer.step(): nothing to retract, nothing to call after
+    aligner_loss(aligner(e), y, gamma=1.0).backward()      # then optimizer.step(); nothing to retract or to call after
 """
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class Outputs(NamedTuple):
 
 
 class Householder(nn.Module):
-    """x -> x Q[:, :d], where Q is a product of k reflections  x <- x - 2 (x.v) v,  v normalised:  (B, n) -> (B, d).
+    """x -> x Q[:, :d], Q a product of k reflections  x <- x - 2 (x.v) v  with v normalised: (B, n) -> (B, d).
 
     Each reflection is orthogonal whatever v is, so Q is orthogonal BY CONSTRUCTION, at every step of any optimizer. The
     alternatives pay for it: a matrix exponential (the authors' parametrisation) or a Cayley transform solves an n x n
@@ -33,8 +33,8 @@ class Householder(nn.Module):
 
     Why k = 32 reflections lose nothing here, though a general Q needs n. Without dropout L_A sees P_t only through the
     product C'_t P_t, and C'_t is free: replacing (C'_t, P_t) by (C'_t R^T, R P_t) for an orthogonal R changes no logit.
-    P_t is a gauge. What matters is which C-dimensional space C'_t reads, and k >= C reflections carry any C-frame to any
-    other (one reflection per frame vector). tests/test_align.py shows both.
+    P_t is a gauge. What matters is which C-dimensional space C'_t reads, and k >= C reflections carry any C-frame to
+    any other (one reflection for each frame vector). tests/test_align.py shows both.
 
     d > n pads x with zeros first: Q is then n -> d with orthonormal columns (used by the student on request).
     """
@@ -67,7 +67,7 @@ class TSAligner(nn.Module):
         super().__init__()
         proj_dim = latent_dim if proj_dim is None else proj_dim
         if not 1 <= proj_dim <= latent_dim:
-            raise ValueError(f"proj_dim {proj_dim} must be between 1 and latent_dim {latent_dim}: P_t has orthonormal rows")
+            raise ValueError(f"proj_dim {proj_dim} must be between 1 and latent_dim {latent_dim}: orthonormal rows")
         self.w1 = nn.Linear(latent_dim, hidden_dim)
         self.w2 = nn.Linear(hidden_dim, hidden_dim)
         self.classifier = nn.Linear(hidden_dim, num_labels)    # C_t

@@ -138,7 +138,8 @@ def table(cells):
     for task in dict.fromkeys(cell["task"] for cell in cells):
         metric, here = find_task(task).metrics[0], [cell for cell in cells if cell["task"] == task]
         lines += [f"{task}: dev {metric} in %, mean ± standard deviation over seeds",
-                  f"{'arm':<16} {'seeds':>5}   {'last epoch':<12} {'best epoch*':<12} {'aligner alone':<14} gradient norm"]
+                  f"{'arm':<16} {'seeds':>5}   {'last epoch':<12} {'best epoch*':<12} {'aligner alone':<14} "
+                  "gradient norm"]
         for arm in dict.fromkeys(cell["arm"] for cell in here):
             rows = [cell for cell in here if cell["arm"] == arm]
             norms = [row["grad_norm"] for row in rows if "grad_norm" in row]

@@ -1,15 +1,15 @@
 """Every equation of ARMADA (arXiv 2603.10877), one function each. Tensors in, 0-dim tensors out; nothing else.
 
 Shapes: B batch, C labels, d shared projection space (the paper's "manifold").
-    o_t, o_s   main logits of the TS Aligner (t, the teacher's side) and of the student (s)        (B, C)
-    a_t, a_s   auxiliary logits, read off the projections                                          (B, C)
-    p_t, p_s   projections into the shared space                                                   (B, d)
+    o_t, o_s   main logits of the TS Aligner (t, the teacher's side) and of the student (s)   (B, C)
+    a_t, a_s   auxiliary logits, read off the projections                                     (B, C)
+    p_t, p_s   projections into the shared space                                              (B, d)
 
 The kind of loss follows the tensors, not a flag: integer labels are classes; float labels with logits of width 1 are a
-regression; float labels of the logits' width are a distribution. Half precision is raised to float32 before anything
-else, since a float16 sum of squares overflows at 65504; float32 and float64 stay as they are, so that gradcheck works.
+regression; float labels of the logits' width are a distribution. Half precision is raised to float32 first, since a
+float16 square overflows beyond 256; float32 and float64 stay as they are.
 
-    total, parts = student_loss(student_out, aligner_out, labels, alpha=.5, beta=1, gamma=1, temperature=5, kind="manifold")
+    total, parts = student_loss(student_out, aligner_out, y, alpha=.5, beta=1, gamma=1, temperature=5, kind="manifold")
 """
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,9 @@ def _full(x):
 
 
 def _mse(a, b):
-    """MSE(a, b) = mean of (a - b)^2 over ALL elements: a sum over d would make beta depend on the projection's width."""
+    """MSE(a, b) = mean of (a - b)^2 over ALL elements: a sum over d would tie beta to the projection's width."""
+    if a.shape != b.shape:  # (B, 1) against (B, C) would broadcast without a word
+        raise ValueError(f"the teacher's {tuple(a.shape)} and the student's {tuple(b.shape)} differ")
     return (a - b).square().mean()
 
 
@@ -37,55 +39,47 @@ def task_loss(logits, labels):
     if not labels.is_floating_point() and labels.shape == logits.shape[:1] and logits.size(-1) > 1:
         return F.cross_entropy(logits, labels)
     if labels.is_floating_point() and logits.size(-1) == 1 and labels.numel() == logits.numel():
-        # STS-B scores lie in [0, 5], hence the relu. Below zero it has no gradient: train.py starts the bias at the mean label.
-        return _mse(F.relu(logits.flatten()), labels.flatten().to(logits.dtype))
+        # STS-B's scores lie in [0, 5], hence the relu; it is flat below 0, so the bias starts at the mean label.
+        return _mse(labels.flatten().to(logits.dtype), F.relu(logits.flatten()))
     if labels.is_floating_point() and labels.shape == logits.shape:
         return F.cross_entropy(logits, labels.to(logits.dtype))  # - sum_c y_c log softmax(o)_c, mean over B
-    raise ValueError(f"logits {tuple(logits.shape)} and {labels.dtype} labels {tuple(labels.shape)} do not fit: want integers "
-                     "(B,) for C > 1 classes, floats (B,) for logits (B, 1), or floats (B, C) as a distribution")
+    raise ValueError(f"logits {tuple(logits.shape)} and {labels.dtype} labels {tuple(labels.shape)} do not fit: want "
+                     "integers (B,) for C > 1 classes, floats (B,) for logits (B, 1) or floats (B, C), a distribution")
 
 
 def output_loss(teacher_logits, student_logits, temperature):
-    """L_output of one pair of heads = T^2 MSE(softmax(o_t / T), softmax(o_s / T)); a regression: MSE(relu(o_t), relu(o_s)).
+    """L_output of one pair of heads = T^2 MSE(softmax(o_t/T), softmax(o_s/T)); of a regression MSE(relu o_t, relu o_s).
 
-    Logits (B, C). T^2 undoes the 1/T that softmax(o / T) puts into both the difference and its derivative, so that alpha
-    means the same at every temperature: as T grows the value tends to MSE(o_t - mean_c o_t, o_s - mean_c o_s) / C^2.
-    Symmetric and differentiable in both arguments; student_loss is what cuts the teacher's side off.
+    Logits (B, C). softmax(o / T) puts 1/T into the difference and into its derivative; T^2 takes both out, and alpha
+    means the same at every temperature: as T grows, the value tends to MSE(o_t - mean_c o_t, o_s - mean_c o_s) / C^2.
     """
-    if teacher_logits.shape != student_logits.shape:  # (B, 1) against (B, C) would broadcast without a word
-        raise ValueError(f"teacher logits {tuple(teacher_logits.shape)} and student logits {tuple(student_logits.shape)} differ")
     o_t, o_s = _full(teacher_logits), _full(student_logits)
     if o_s.size(-1) == 1:
-        return _mse(F.relu(o_t), F.relu(o_s))  # a softmax over one logit is constant; no softmax, no T
+        return _mse(F.relu(o_t), F.relu(o_s))  # no T: a softmax over one logit is constant
     return temperature**2 * _mse(F.softmax(o_t / temperature, -1), F.softmax(o_s / temperature, -1))
 
 
 def manifold_loss(teacher_proj, student_proj, kind):
     """L_manifold = MSE(mean_b p_t, mean_b p_s) | 1 - cos(mean_b p_t, mean_b p_s) | MSE(p_t, p_s).
 
-    teacher_proj, student_proj (B, d); kind "euclidean" | "cosine" | "manifold", in this order. The first two compare batch
-    means: permuting the teacher's rows inside the batch does not change them, so they carry no pairing of text and
-    picture. By Jensen euclidean <= manifold (the paper's Prop. 1, not strictly: both are 0 at p_t = p_s).
+    Projections (B, d); kind "euclidean" | "cosine" | "manifold", in this order. The first two compare batch means,
+    which stay the same when the teacher's rows are permuted inside the batch: they carry no pairing of text and picture. By
+    Jensen euclidean <= manifold (the paper's Prop. 1, though not strictly: both are 0 at p_t = p_s).
     """
+    # DEVIATION: in the authors' code any unknown name silently means the per-example loss; here a typo is an error.
     if kind not in KINDS:
-        # DEVIATION: in the authors' code any unknown name silently means the per-example loss; we stop, because a typo
-        # would be reported as a result.
         raise ValueError(f"unknown loss kind {kind!r}: choose one of {', '.join(KINDS)}")
-    if teacher_proj.shape != student_proj.shape:
-        raise ValueError(f"teacher projection {tuple(teacher_proj.shape)} and student projection {tuple(student_proj.shape)} differ")
     p_t, p_s = _full(teacher_proj), _full(student_proj)
     if kind == "manifold":
         return _mse(p_t, p_s)
     m_t, m_s = p_t.mean(0), p_s.mean(0)  # (d,), (d,)
     if kind == "euclidean":
         return _mse(m_t, m_s)
-    # DEVIATION: paper says the inner product of the means (Eq. 3); we normalise, as the authors' code does, because the
-    # inner product is unbounded below: growing p_s would lower it for ever.
+    # DEVIATION: paper says the inner product of the means (Eq. 3), which growing p_s lowers without end; we normalise,
+    # as the authors' code does. A zero mean has no direction: value 1, gradient 0. An epsilon in the denominator would
+    # give the gradient 1 / epsilon, and a where() outside the quotient alone 0 * inf = nan: hence the inner where().
     norms = m_t.norm() * m_s.norm()
-    # A zero mean has no direction: value 1, gradient 0. An epsilon in the denominator would give gradient 1/epsilon, and
-    # a where() around the quotient alone would give 0 * inf = nan: hence the inner where().
-    cosine = torch.where(norms > 0, (m_t * m_s).sum() / torch.where(norms > 0, norms, 1), 0)
-    return 1 - cosine
+    return 1 - torch.where(norms > 0, (m_t * m_s).sum() / torch.where(norms > 0, norms, 1), 0)
 
 
 def aligner_loss(aligner_out, labels, gamma):
@@ -96,9 +90,9 @@ def aligner_loss(aligner_out, labels, gamma):
 def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind):
     """L_S = (1 - alpha) L_task + alpha L_output + beta L_manifold.
 
-    student_out, aligner_out: Outputs(logits (B, C), aux_logits (B, C), proj (B, d)). The aligner's tensors are detached:
-    the student never teaches its teacher. aligner_out=None is "no teacher", whose two terms are 0.
-    Returns (total, parts); parts maps task, output, manifold to 0-dim tensors before their weights.
+    student_out, aligner_out: Outputs(logits (B, C), aux_logits (B, C), proj (B, d)). The aligner's tensors are
+    detached, a student does not teach its teacher; aligner_out=None is "no teacher", whose two terms are 0.
+    Returns (total, parts): parts maps task, output, manifold to 0-dim tensors, before their weights.
     """
     o_s, a_s, p_s = student_out
     task = task_loss(o_s, labels) + gamma * task_loss(a_s, labels)
@@ -112,5 +106,5 @@ def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temper
 
 
 def predictions(logits):
-    """What a head answers: the class id with the largest logit, or, for logits of width 1, the score clipped to [0, 5]. (B,)"""
+    """What a head answers (B,): the class with the largest logit; of width 1 the score, clipped to [0, 5]."""
     return logits.argmax(-1) if logits.size(-1) > 1 else _full(logits).squeeze(-1).clamp(0, 5)

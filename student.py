@@ -167,15 +167,16 @@ def check_available(name):
         hub.get_hf_file_metadata(hub.hf_hub_url(repo, "config.json"), timeout=5)
         return how
     except hub.errors.GatedRepoError:
-        raise UserError(f"{repo} is gated: accept its licence at {hub.constants.ENDPOINT}/{repo} and set HF_TOKEN") from None
+        raise UserError(f"{repo} is gated: accept its licence at {hub.constants.ENDPOINT}/{repo} and set "
+                        "HF_TOKEN") from None
     except (hub.errors.HFValidationError, hub.errors.RepositoryNotFoundError, hub.errors.EntryNotFoundError):
         raise UserError(f"{name!r} is no folder here and no model on the hub: {hint}known short names: tiny, "
                         f"{', '.join(SHORT_NAMES)}; a private model needs HF_TOKEN") from None
     except Exception as error:  # no network, a proxy, a time-out, HF_HUB_OFFLINE; the hub's cache may still have it
         if isinstance(hub.try_to_load_from_cache(repo, "config.json"), str):
             return how | {"local_files_only": True}
-        raise UserError(f"could not fetch {repo} from the hub ({' '.join(str(error).split())[:100]}): {hint}connect, or "
-                        f"run `hf download {repo}` elsewhere and give the folder instead of the name") from None
+        raise UserError(f"could not fetch {repo} from the hub ({' '.join(str(error).split())[:100]}): {hint}connect, "
+                        f"or run `hf download {repo}` elsewhere and give the folder instead of the name") from None
 
 
 def load_pretrained(name, model_class=transformers.AutoModel):

@@ -113,7 +113,8 @@ class Clip(Teacher):
         out = np.zeros((len(texts), self.dim), np.float32)
         with torch.inference_mode():
             for i in tqdm(range(0, len(texts), 64), desc=self.name, disable=None):
-                batch = self.tokenizer(texts[i:i + 64], padding=True, truncation=True, max_length=most, return_tensors="pt")
+                batch = self.tokenizer(texts[i:i + 64], padding=True, truncation=True, max_length=most,
+                                       return_tensors="pt")
                 out[i:i + 64] = self.model(**batch.to(device)).text_embeds.cpu().numpy()
         self.model.to("cpu")  # the student needs the card
         return out
@@ -146,8 +147,8 @@ class VectorFolder(Teacher):
     def vectors(self, split, texts):
         rows = self.open(split)
         if rows.shape != (len(texts), self.dim):
-            raise UserError(f"{self.folder / split}.npy has shape {rows.shape}, expected {(len(texts), self.dim)}: one row "
-                            "for each example, in the official file's order, as wide as train.npy")
+            raise UserError(f"{self.folder / split}.npy has shape {rows.shape}, expected {(len(texts), self.dim)}: one "
+                            "row for each example, in the official file's order, as wide as train.npy")
         return np.asarray(rows, np.float32)
 
 

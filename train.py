@@ -4,9 +4,9 @@
     python train.py --task rte --student opt-1.3b    # a GLUE/SuperGLUE task, a pretrained student (on CUDA)
     python train.py --resume runs/rte                # go on where a run was stopped or killed
 
-Each epoch trains the TS Aligner over the data once, then the student once, pulled towards the aligner as it stands. A run
-is a grid of arms and seeds: OUT/ARM/SEED/{config.json, log.jsonl, last/, best/, metrics.json, predictions_*}. Within a
-seed all arms share initial weights, data order and dropout, so that their differences are paired.
+Each epoch trains the TS Aligner over the data once, then the student once, pulled towards the aligner as it stands. A
+run is a grid of arms and seeds: OUT/ARM/SEED/{config.json, log.jsonl, last/, best/, metrics.json, predictions_*}.
+Within a seed all arms share initial weights, data order and dropout, so that their differences are paired.
 """
 import argparse
 import dataclasses
@@ -29,50 +29,46 @@ from data import CACHE, UserError, collate, encode, find_task, known, length_gro
 
 # ---- configuration: every field is a flag ----------------------------------------------------------------------
 def option(default, help, **limits):
-    """A Config field: its default, its --help sentence, its limits low, high (inclusive), above (exclusive), choices."""
+    """A Config field: default, --help sentence, and limits low, high (inclusive), above (exclusive), choices."""
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
 @dataclasses.dataclass
 class Config:
-    """One run; argparse is built from these fields. None is "it depends": resolve() fills it in."""
+    """One run; argparse is built from these fields. None means "it depends" and is filled in by resolve()."""
 
-    task: str = option(None, "Task to learn: objects (built in, the default) or an understanding task such as rte.")
-    student: str = option(None, "Student: tiny (objects' default), bert-base (the default elsewhere), another short name, "
-                                "a hub id or a local folder.")
-    teacher: str = option(None, "Teacher: painter (objects' default), painter:RHO, clip (the default elsewhere), "
-                                "clip:MODEL or vectors:FOLDER.")
-    arms: tuple = option(None, "Arms, with commas: undistilled, armada, shuffled; all of them by default, but armada "
-                               "alone when a task is named.")
-    seeds: tuple = option(None, "Seeds, with commas; by default 0 to 6, but 0 alone when a task is named.")
-    data_dir: str = option(None, "Folder that holds the official task folders (RTE/ ...); without it they are downloaded.")
+    task: str = option(None, "Task to learn: objects, which is built in, or an understanding task such as rte.")
+    student: str = option(None, "Short name, hub id, local folder or tiny; bert-base by default (objects: tiny).")
+    teacher: str = option(None, "Teacher: painter[:RHO], clip[:MODEL] or vectors:FOLDER; by default clip (objects: painter).")
+    arms: tuple = option(None, "Arms, with commas; all by default, but armada alone when a task is named.")
+    seeds: tuple = option(None, "Seeds, with commas; 0 to 6 by default, but 0 alone when a task is named.")
+    data_dir: str = option(None, "Folder that holds the official RTE/, CoLA/ ...; without it they are downloaded.")
     cache_dir: str = option(CACHE, "Folder for downloads and teacher vectors.")
-    out: str = option(None, "Folder to write; by default runs/TASK, or runs/TASK-2 and so on when that is taken.")
-    resume: str = option(None, "Run folder, or one ARM/SEED folder in it, to go on with; it knows its other flags.")
+    out: str = option(None, "Folder to write; runs/TASK by default, or runs/TASK-2 ... when that is taken.")
+    resume: str = option(None, "Run, or one ARM/SEED folder of it, to go on with; it remembers its other flags.")
     loss: str = option("manifold", "Manifold loss: euclidean and cosine compare batch means, manifold each example.",
                        choices=("euclidean", "cosine", "manifold"))
-    alpha: float = option(0.5, "Weight of the soft labels against the true ones, from 0 to 1.", low=0, high=1)
+    alpha: float = option(0.5, "Weight of the soft labels against the true ones.", low=0, high=1)
     beta: float = option(None, "Weight of the manifold loss; 1 by default (objects: 20).", low=0)
     gamma: float = option(1.0, "Weight of the auxiliary heads in the task and output losses.", low=0)
     temperature: float = option(5.0, "Temperature T of the soft labels.", above=0)
-    pairing: str = option("own", "Whose teacher vector a training text gets: its own, or another text's (shuffled).",
+    pairing: str = option("own", "Whose teacher vector a training text gets: its own or, shuffled, another's.",
                           choices=("own", "shuffled"))
-    proj_dim: int = option(None, "Width of the shared projection space; by default the teacher's own.", low=1)
+    proj_dim: int = option(None, "Width of the shared projection space; the teacher's own by default.", low=1)
     orthogonal_student: bool = option(False, "Make the student's projection orthogonal too.")
     epochs: int = option(None, "Passes over the data; 10 by default (objects: 40).", low=1)
     batch_size: int = option(32, "Examples per optimizer step.", low=1)
-    micro_batch: int = option(None, "Examples in memory at once; divides --batch-size, all of it by default.", low=1)
+    micro_batch: int = option(None, "Examples in memory at once, a divisor of --batch-size; all by default.", low=1)
     max_length: int = option(128, "Tokens per text; a longer one has its longest field shortened.", low=4)
     lr: float = option(None, "The student's peak learning rate; 2e-5 by default (objects: 4e-3).", above=0)
     aligner_lr: float = option(1e-3, "The aligner's peak learning rate; 0 leaves it untrained.", low=0)
-    device: str = option("auto", "Device: auto, cpu, cuda, cuda:N or mps.")
-    amp: str = option("auto", "Mixed precision; auto is bf16 where the GPU has it, else fp16 on CUDA, off elsewhere.",
+    device: str = option("auto", "Where to train: auto, cpu, cuda, cuda:N or mps.")
+    amp: str = option("auto", "Mixed precision; auto is bf16 where the GPU has it, else fp16 on CUDA, else off.",
                       choices=("auto", "off", "bf16", "fp16"))
-    grad_checkpoint: str = option("auto", "Recompute activations to save memory; auto is on for students over 300 M "
-                                          "parameters on CUDA.", choices=("auto", "on", "off"))
+    grad_checkpoint: str = option("auto", "Recompute activations to save memory; auto does on CUDA beyond 300 M "
+                                          "parameters.", choices=("auto", "on", "off"))
     limit: int = option(None, "Keep only the first N training examples.", low=1)
-    eval_every: int = option(None, "Epochs from one evaluation (and checkpoint) to the next; 1 by default (objects: 10).",
-                             low=1)
+    eval_every: int = option(None, "Epochs between evaluations with checkpoint; 1 by default (objects: 10).", low=1)
 
     def __post_init__(self):
         for name, kind in (("arms", str), ("seeds", int)):  # "0,1" and (0, 1) are the same thing
@@ -150,7 +146,7 @@ def parse(argv=None):
 
 
 def resume_config(folder, typed):
-    """The Config that a run folder (a grid, or one cell of it) was started with; UserError where a typed flag differs."""
+    """The Config that a run (a grid, or one cell of it) was started with; UserError where a typed flag differs."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"--resume {folder}: no run there (no config.json); start one with --out {folder}")
@@ -209,11 +205,11 @@ def lr_factor(step, steps):
 
 def precision(config):
     """(device, autocast context, GradScaler, the reason in words), so that the loop has no precision branch."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {config.device}: torch sees {torch.cuda.device_count()} CUDA devices; try --device cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: torch sees no Apple GPU here; try --device cpu")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(found if config.device == "auto" else config.device)
+    if (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+            or device.type == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"--device {config.device}: torch sees no such device here; try --device {found}")
     if config.amp == "fp16" and device.type != "cuda":
         raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
     amp, why = config.amp, "as asked"
@@ -223,7 +219,7 @@ def precision(config):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         amp, why = ("bf16", "the GPU has it") if bf16 else ("fp16", "the GPU has no bf16")
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32: float32 products with 10-bit mantissas, several times faster
+        torch.set_float32_matmul_precision("high")  # TF32: 10-bit mantissas in float32 products, several times faster
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     autocast = (lambda: torch.autocast(device.type, dtype=dtype)) if dtype else nullcontext
     # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range.
@@ -265,7 +261,7 @@ def write_json(path, content):
 
 @contextmanager
 def interruptible():
-    """Yields a list that Ctrl-C fills instead of raising: no optimizer step is cut in half. A second one stops at once."""
+    """Yields a list that Ctrl-C fills instead of raising, so that no step is cut in half; a second stops at once."""
     pressed = []
     before = signal.signal(signal.SIGINT, lambda *args: before(*args) if pressed else pressed.append(1))
     try:
@@ -274,33 +270,22 @@ def interruptible():
         signal.signal(signal.SIGINT, before)
 
 
-class Log:
-    """log.jsonl. Loss parts wait on the device until read(): an .item() a step would make the GPU wait for the CPU."""
+def read_log(waiting, seconds):
+    """One line for log.jsonl: the means of waiting = [(values on the device, facts)] since the last one.
 
-    def __init__(self, path, bar, norms):
-        self.file, self.bar, self.norms, self.waiting, self.start = open(path, "a"), bar, norms, [], time.perf_counter()
-
-    def write(self, line):
-        print(json.dumps(line), file=self.file, flush=True)
-
-    def read(self):
-        """One line with the means since the last one; a non-finite value stops the run, named with its first step."""
-        names, facts = list(self.waiting[0][0]), dict(self.waiting[-1][1])
-        rows = torch.stack([torch.stack([v[name].float() for name in names]) for v, _ in self.waiting]).tolist()
-        for row, (_, step) in zip(rows, self.waiting):
-            for name, value in zip(names, row):
-                if not math.isfinite(value):
-                    raise UserError(f"the {step['role']}'s {name} became {value} at step {step['step']} (epoch "
-                                    f"{step['epoch']}); nothing was saved since. Lower --lr or --beta, or --amp off")
-        if facts["role"] == "student":
-            for row in rows:  # one by one: the sum must not depend on how often we read, or resume would not be exact
-                self.norms[:] = self.norms[0] + row[names.index("grad_norm")], self.norms[1] + 1
-        now, tokens = time.perf_counter(), sum(step["tokens"] for _, step in self.waiting)
-        facts["tokens"], facts["tokens_per_second"] = tokens, round(tokens / (now - self.start))
-        facts |= {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
-        self.write(facts)
-        self.bar.set_postfix({name: f"{facts[name]:.3g}" for name in (*names, "tokens_per_second")})
-        self.waiting, self.start = [], now
+    Read now and then only: an .item() a step would make the GPU wait for the CPU. UserError names the first value that
+    is not finite and its step.
+    """
+    names, steps = list(waiting[0][0]), [facts for _, facts in waiting]
+    rows = torch.stack([torch.stack([values[name].float() for name in names]) for values, _ in waiting]).tolist()
+    for row, facts in zip(rows, steps):
+        for name, value in zip(names, row):
+            if not math.isfinite(value):
+                raise UserError(f"the {facts['role']}'s {name} became {value} at step {facts['step']} (epoch "
+                                f"{facts['epoch']}); nothing was saved since. Lower --lr or --beta, or --amp off")
+    tokens = sum(facts["tokens"] for facts in steps)
+    return {**steps[-1], "steps": len(steps), "tokens": tokens, "tokens_per_second": round(tokens / seconds),
+            **{name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}}
 
 
 # ---- the data of a run -----------------------------------------------------------------------------------------
@@ -360,8 +345,8 @@ class Cell:
 
     def __init__(self, config, data, folder):
         self.config, self.data, self.folder, self.seed = config, data, folder, config.seeds[0]
-        self.done, self.best, self.norms, self.seconds = 0, None, [0.0, 0], 0.0  # norms: sum and count
-        self.device, self.autocast, scaler, _ = precision(config)
+        self.done, self.best, self.seconds = 0, None, 0.0
+        self.device, self.autocast, self.scaler, _ = precision(config)
         labels, dim = max(1, len(data.task.labels)), data.teacher.dim
         proj_dim = config.proj_dim or dim
         saved, last = recover_folder(folder / "last"), folder / "last"
@@ -386,7 +371,6 @@ class Cell:
         self.rates = {"aligner": config.aligner_lr, "student": config.lr}
         self.optimizers = {role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
                            for role, model in self.models.items()}
-        self.scalers = {"aligner": torch.amp.GradScaler(self.device.type, enabled=False), "student": scaler}
         if saved:
             self.load(last)
         else:
@@ -405,22 +389,22 @@ class Cell:
         """last/: the student as load_student and AutoModel open it, and beside it all that going on needs."""
         def write(new):
             self.student.save(new)
-            tensors = {f"aligner/{key}": value for key, value in self.aligner.state_dict().items()} if self.aligner else {}
-            for role, optimizer in self.optimizers.items():
-                for i, state in optimizer.state_dict()["state"].items():
-                    tensors |= {f"{role}/{i}/{key}": value for key, value in state.items()}
+            tensors = {f"{role}/{i}/{key}": value for role, optimizer in self.optimizers.items()
+                       for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+            if self.aligner:
+                tensors |= {f"aligner/{key}": value for key, value in self.aligner.state_dict().items()}
             save_file(tensors, new / "training.safetensors")
             write_json(new / "training.json", {
-                "done": self.done, "best": self.best, "norms": self.norms, "seconds": self.seconds,
-                "scaler": self.scalers["student"].state_dict(), "log": os.path.getsize(self.folder / "log.jsonl")})
+                "done": self.done, "best": self.best, "seconds": self.seconds, "scaler": self.scaler.state_dict(),
+                "log": os.path.getsize(self.folder / "log.jsonl")})
         replace_folder(self.folder / "last", write)
 
     def load(self, last):
         """The reverse of save(). Log lines written after the checkpoint are cut off: they will be written again."""
         state, tensors = json.loads((last / "training.json").read_text()), load_file(last / "training.safetensors")
-        self.done, self.best, self.norms, self.seconds = (state[key] for key in ("done", "best", "norms", "seconds"))
-        if state["scaler"]:
-            self.scalers["student"].load_state_dict(state["scaler"])
+        self.done, self.best, self.seconds = state["done"], state["best"], state["seconds"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         os.truncate(self.folder / "log.jsonl", state["log"])
         moments = {role: {} for role in self.models}
         for (role, i, key), value in ((key.split("/"), value) for key, value in tensors.items() if key.count("/") == 2):
@@ -441,42 +425,45 @@ class Cell:
         if self.aligner is None:
             return None
         with torch.inference_mode():
-            answers = predictions(self.aligner.eval()(self.data.vectors["dev"].to(self.device)).logits).cpu()
-        return evaluation.score(self.data.task, self.data.splits["dev"], answers)
+            logits = self.aligner.eval()(self.data.vectors["dev"].to(self.device)).logits
+        return evaluation.score(self.data.task, self.data.splits["dev"], predictions(logits).cpu())
+
+    def log(self, line):
+        with open(self.folder / "log.jsonl", "a") as file:
+            print(json.dumps(line), file=file)
 
 
 def run(cell):
     """Train one cell from where it stands to the end. This is the method, top to bottom."""
-    config, data, device, aligner = cell.config, cell.data, cell.device, cell.aligner
+    config, data, device, aligner, scaler = cell.config, cell.data, cell.device, cell.aligner, cell.scaler
     steps = math.ceil(len(data.labels) / config.batch_size)  # an epoch's, for each role
-    source, began = data.pairing(config, cell.seed), time.perf_counter() - cell.seconds
+    source, began, waiting = data.pairing(config, cell.seed), time.perf_counter() - cell.seconds, []
     bar = tqdm(total=steps * config.epochs * len(cell.models), initial=cell.done, leave=False, disable=None,
                desc=f"{config.arms[0]} seed {cell.seed}")
-    log = Log(cell.folder / "log.jsonl", bar, cell.norms)
     with interruptible() as pressed, bar:
+        read_at = time.perf_counter()
         for count, (epoch, role, step, rows) in enumerate(cell.schedule(), 1):
             if count <= cell.done:
                 continue  # resumed: walk past what is done. Each step seeds itself, so skipping changes nothing.
-            model, optimizer, scaler = cell.models[role].train(), cell.optimizers[role], cell.scalers[role]
+            model, optimizer, values = cell.models[role].train(), cell.optimizers[role], {}
             lr = cell.rates[role] * lr_factor(epoch * steps + step, config.epochs * steps)
             optimizer.param_groups[0]["lr"] = lr
-            values = {}
             for micro in range(0, len(rows), config.micro_batch):
                 part = rows[micro:micro + config.micro_batch]
                 torch.manual_seed(seed_of(cell.seed, role, epoch, step, micro))
-                y = to_device(data.labels[part], device)                                                # (B,)
-                e = to_device(data.vectors["train"][source[part]], device) if aligner else None         # (B, d_e)
+                y = to_device(data.labels[part], device)                                         # (B,)
+                e = to_device(data.vectors["train"][source[part]], device) if aligner else None  # (B, d_e)
                 if role == "aligner":
                     loss, parts = aligner_loss(model(e), y, config.gamma), {}
                 else:
-                    batch = collate([data.rows["train"][i] for i in part], model.tokenizer.pad_token_id)
+                    x = collate([data.rows["train"][i] for i in part], model.tokenizer.pad_token_id)
                     with torch.no_grad():  # the aligner is frozen here: eval mode, no graph, float32
                         target = aligner.eval()(e) if aligner else None
                     with cell.autocast():
-                        out = model(**{key: to_device(value, device) for key, value in batch.items()})
-                    loss, parts = student_loss(out, target, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma,
-                                               temperature=config.temperature, kind=config.loss)
-                share = len(part) / len(rows)  # of the mean over the batch: exact for a short last micro-batch too
+                        out = model(**{key: to_device(value, device) for key, value in x.items()})
+                    loss, parts = student_loss(out, target, y, alpha=config.alpha, beta=config.beta,
+                                               gamma=config.gamma, temperature=config.temperature, kind=config.loss)
+                share = len(part) / len(rows)  # of the batch: the mean is exact for a short last micro-batch too
                 scaler.scale(loss * share).backward()
                 for name, value in {**parts, "loss": loss}.items():
                     values[name] = values.get(name, 0) + share * value.detach()
@@ -488,17 +475,19 @@ def run(cell):
             # fp16's scaler finds its scale by overflowing: there an infinite norm is a skipped step and no fault.
             values["grad_norm"] = norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else norm
             tokens = sum(len(data.rows["train"][i]["input_ids"]) for i in rows)
-            log.waiting.append((values, {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
-                                         "tokens": tokens}))
-            cell.done, cell.seconds = count, time.perf_counter() - began
+            waiting.append((values, {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
+                                     "tokens": tokens}))
+            cell.done, cell.seconds, end = count, time.perf_counter() - began, step + 1 == steps
             bar.update()
-            end = step + 1 == steps
             if end or pressed or (step + 1) % 50 == 0:
-                log.read()
+                line = read_log(waiting, time.perf_counter() - read_at)
+                cell.log(line)
+                bar.set_postfix({name: f"{line[name]:.3g}" for name in (*values, "tokens_per_second")})
+                waiting, read_at = [], time.perf_counter()
             due = end and role == "student" and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs)
             if due:
                 scores, _ = cell.evaluate()
-                log.write({"epoch": epoch + 1, "dev": scores, "aligner": cell.evaluate_aligner()})
+                cell.log({"epoch": epoch + 1, "dev": scores, "aligner": cell.evaluate_aligner()})
                 headline = data.task.metrics[0]
                 if cell.best is None or scores[headline] > cell.best["dev"][headline]:
                     cell.best = {"epoch": epoch + 1, "dev": scores}
@@ -513,18 +502,20 @@ def run(cell):
 def finish(cell):
     """Score the last epoch's student on every split, write predictions_* and metrics.json: the cell is finished."""
     config, data = cell.config, cell.data
-    metrics = {"task": data.task.name, "student": config.student, "teacher": data.teacher.name, "arm": config.arms[0],
-               "seed": cell.seed, "best": cell.best, "aligner": cell.evaluate_aligner()}
-    for split in [split for split in data.splits if split != "train"]:
-        metrics[split], answers = cell.evaluate(split)
-        evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
+    lines = [json.loads(line) for line in (cell.folder / "log.jsonl").read_text().splitlines()]
+    norms = [(line["grad_norm"], line["steps"]) for line in lines if line.get("role") == "student"]
     # On the CPU the process's high-water mark; Linux counts it in KiB, macOS in bytes.
     peak = (torch.cuda.max_memory_allocated(cell.device) if cell.device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    metrics |= {"grad_norm": cell.norms[0] / cell.norms[1], "seconds": round(cell.seconds, 1), "peak_memory_mib": peak >> 20,
-                "parameters": sum(p.numel() for p in cell.student.parameters())}
+    metrics = {"task": data.task.name, "student": config.student, "teacher": data.teacher.name, "arm": config.arms[0],
+               "seed": cell.seed, "best": cell.best, "aligner": cell.evaluate_aligner(),
+               "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
+               "parameters": sum(p.numel() for p in cell.student.parameters()), "seconds": round(cell.seconds, 1),
+               "peak_memory_mib": peak >> 20}
+    for split in [split for split in data.splits if split != "train"]:
+        metrics[split], answers = cell.evaluate(split)
+        evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
     write_json(cell.folder / "metrics.json", metrics)
-    return metrics
 
 
 # ---- the grid and the command line -----------------------------------------------------------------------------
@@ -569,7 +560,7 @@ def train(config):
                 run(cell)
             results[arm][seed] = metrics = json.loads((folder / "metrics.json").read_text())
             name = data.task.metrics[0]
-            print(f"seed {seed} {arm}: dev {name} {100 * metrics['dev'][name]:.1f} ({metrics['seconds']} s)", flush=True)
+            print(f"seed {seed} {arm}: dev {name} {100 * metrics['dev'][name]:.1f} ({metrics['seconds']}s)", flush=True)
     return results
 
 
