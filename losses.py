@@ -62,9 +62,9 @@ def output_loss(teacher_logits, student_logits, temperature):
 def manifold_loss(teacher_proj, student_proj, kind):
     """L_manifold = MSE(mean_b p_t, mean_b p_s) | 1 - cos(mean_b p_t, mean_b p_s) | MSE(p_t, p_s).
 
-    Projections (B, d); kind "euclidean" | "cosine" | "manifold", in this order. The first two compare batch means,
-    which stay the same when the teacher's rows are permuted inside the batch: they carry no pairing of text and picture. By
-    Jensen euclidean <= manifold (the paper's Prop. 1, though not strictly: both are 0 at p_t = p_s).
+    Projections (B, d); kind "euclidean" | "cosine" | "manifold", in this order. The first two compare batch means, which
+    do not change when the teacher's rows are permuted inside the batch: they carry no pairing of text and picture.
+    By Jensen euclidean <= manifold (the paper's Prop. 1, though not strictly: both are 0 at p_t = p_s).
     """
     # DEVIATION: in the authors' code any unknown name silently means the per-example loss; here a typo is an error.
     if kind not in KINDS:

@@ -189,11 +189,10 @@ def load_pretrained(name, model_class=transformers.AutoModel):
         model, info = model_class.from_pretrained(**how, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             how["pretrained_model_name_or_path"], local_files_only="local_files_only" in how)
-    except ImportError as error:  # DeBERTa-v2 without a tokenizer.json
-        raise UserError(f"{name} needs an optional package: pip install sentencepiece protobuf "
-                        f"({' '.join(str(error).split())[:100]})") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"could not load {name}: {' '.join(str(error).split())[:300]}") from None
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:300]
+        hint = "; try pip install sentencepiece protobuf" if "entencepiece" in why else ""  # no tokenizer.json
+        raise UserError(f"could not load {name}: {why}{hint}") from None
     if model.config.is_encoder_decoder:
         raise UserError(f"{name} is an encoder-decoder: give an encoder (BERT, DeBERTa) or a decoder (OPT, LLaMA)")
     if info["missing_keys"]:

@@ -33,14 +33,24 @@ def option(default, help, **limits):
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
+# An arm is one line of overrides. A claim is "armada beats its best control".
+ARMS = {
+    "undistilled": {"alpha": 0.0, "beta": 0.0, "gamma": 0.0},  # the student alone
+    "undistilled-aux": {"alpha": 0.0, "beta": 0.0},            # with its auxiliary head, as in the method
+    "armada": {},                                              # the method
+    "shuffled": {"pairing": "shuffled"},                       # the method with the wrong pictures
+}
+
+
 @dataclasses.dataclass
 class Config:
     """One run; argparse is built from these fields. None means "it depends" and is filled in by resolve()."""
 
     task: str = option(None, "Task to learn: objects, which is built in, or an understanding task such as rte.")
     student: str = option(None, "Short name, hub id, local folder or tiny; bert-base by default (objects: tiny).")
-    teacher: str = option(None, "Teacher: painter[:RHO], clip[:MODEL] or vectors:FOLDER; by default clip (objects: painter).")
-    arms: tuple = option(None, "Arms, with commas; all by default, but armada alone when a task is named.")
+    teacher: str = option(None, "One of painter[:RHO], clip[:MODEL], vectors:FOLDER; by default clip (objects: painter).")
+    arms: tuple = option(None, f"Arms, with commas ({', '.join(ARMS)}); undistilled, armada and shuffled by default, but "
+                               "armada alone when a task is named.")
     seeds: tuple = option(None, "Seeds, with commas; 0 to 6 by default, but 0 alone when a task is named.")
     data_dir: str = option(None, "Folder that holds the official RTE/, CoLA/ ...; without it they are downloaded.")
     cache_dir: str = option(CACHE, "Folder for downloads and teacher vectors.")
@@ -80,12 +90,6 @@ class Config:
                 raise UserError(f"--{name} {','.join(map(str, value))}: give whole numbers, as in 0,1,2") from None
 
 
-# An arm is one line of overrides. A claim is "armada beats its best control".
-ARMS = {
-    "undistilled": {"alpha": 0.0, "beta": 0.0, "gamma": 0.0},  # the student alone
-    "armada": {},                                              # the method
-    "shuffled": {"pairing": "shuffled"},                       # the method with the wrong pictures
-}
 FALLBACK = {"student": "bert-base", "teacher": "clip", "beta": 1.0, "epochs": 10, "lr": 2e-5, "eval_every": 1}
 
 
@@ -95,7 +99,7 @@ def resolve(config):
 
     bare, task = config.task is None, find_task(config.task or "objects")
     defaults = {**FALLBACK, **task.defaults, "micro_batch": config.batch_size,
-                "arms": tuple(ARMS) if bare else ("armada",), "seeds": tuple(range(7)) if bare else (0,)}
+                "arms": ("undistilled", "armada", "shuffled") if bare else ("armada",), "seeds": tuple(range(7)) if bare else (0,)}
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **missing, task=task.name)
     for field in dataclasses.fields(config):
@@ -139,6 +143,7 @@ def parse(argv=None):
                     description="ARMADA: distil a picture-making teacher into a text-only language model.")
     for field in dataclasses.fields(Config):
         help = field.metadata["help"] + (f" Default {field.default}." if field.default not in (None, False) else "")
+        help += f" One of {', '.join(field.metadata['choices'])}." if "choices" in field.metadata else ""
         kind = {"action": "store_true"} if field.type is bool else {
             "type": str if field.type is tuple else field.type, "metavar": field.name.upper()}
         parser.add_argument("--" + field.name.replace("_", "-"), help=help.replace("%", "%%"), **kind)
@@ -178,6 +183,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -577,8 +583,9 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         fail("out of memory: try a smaller --micro-batch (the result is the same), --grad-checkpoint on, --amp bf16 or "
              f"a smaller --max-length; what was saved is in {out}")
-    except OSError as error:
-        fail(f"{error.filename or out}: {error.strerror or error}; what was saved is whole: mend this, --resume {out}")
+    except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
+        fail(f"{getattr(error, 'filename', None) or out}: {getattr(error, 'strerror', None) or error}; what was saved is "
+             f"whole: mend this and --resume {out}")
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python train.py --resume {out}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -46,6 +46,8 @@ def model_folder(tmp_path_factory):
                 tokenizer.model_input_names = ["input_ids", "attention_mask"]
             torch.manual_seed(0)
             transformers.AutoModel.from_config(family_config(family, len(tokenizer))).to(dtype).save_pretrained(folder)
+            if family == "llama":  # whose hub folders have no pad token
+                tokenizer.pad_token = None
             tokenizer.save_pretrained(folder)
             made[family, dtype] = str(folder)
         return made[family, dtype]

@@ -1,11 +1,17 @@
 """Tasks, official files, shortening, batches. Read beside data.py."""
+import dataclasses
+import http.server
+import io
 import json
 import random
+import threading
+import zipfile
 
 import pytest
 import torch
 
-from data import KEEP, OBJECTS, TASKS, UserError, collate, encode, find_task, length_grouped_batches, load_task
+from data import KEEP, OBJECTS, TASKS, Example, UserError, collate, download, encode, find_task
+from data import length_grouped_batches, load_task
 from student import _tiny
 from tests.conftest import SUPERGLUE, write_official
 
@@ -111,6 +117,47 @@ def test_a_file_that_is_missing_or_not_utf8_and_a_task_that_is_unknown_are_named
         find_task("rtee")
 
 
+@pytest.fixture
+def archive_server():
+    """A loopback server of one zip file; .body and .status can be set."""
+    class Archive(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(self.server.status)
+            self.end_headers()
+            self.wfile.write(self.server.body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Archive)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.status, server.url = 200, f"http://127.0.0.1:{server.server_port}/RTE.zip"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_archive_is_fetched_once_and_unpacked(archive_server, tmp_path):
+    root, packed = write_official(TASKS["rte"], tmp_path / "made"), io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in sorted((tmp_path / "made").rglob("*.jsonl")):
+            archive.write(path, path.relative_to(root))
+    archive_server.body = packed.getvalue()
+    task = dataclasses.replace(TASKS["rte"], archive=archive_server.url)
+    folder = download(task, tmp_path / "cache")
+    assert load_task("rte", folder) == load_task("rte", folder) and len(load_task("rte", folder)["train"]) == 12
+    archive_server.status = 500
+    assert download(task, tmp_path / "cache") == folder  # nothing is asked a second time
+
+
+@pytest.mark.parametrize("status, body", [(404, b""), (200, b"PK half of a zip file")])
+def test_an_archive_that_cannot_be_had_is_one_line_and_leaves_no_task_folder(archive_server, tmp_path, status, body):
+    archive_server.status, archive_server.body = status, body
+    with pytest.raises(UserError, match="could not fetch http://127.0.0.1.*give --data-dir FOLDER"):
+        download(dataclasses.replace(TASKS["rte"], archive=archive_server.url), tmp_path)
+    assert not (tmp_path / "data" / "RTE").exists()
+
+
 # ---- objects -----------------------------------------------------------------------------------------------------
 def test_objects_shares_no_pair_between_splits_in_either_order_and_shows_every_object_in_training():
     pairs = {split: [frozenset(w for w in e.fields["text"].replace("?", "").replace(":", "").split() if w in OBJECTS) for e in examples]
@@ -137,7 +184,6 @@ def tokenizer():
 
 
 def example_of(name, **fields):
-    from data import Example
     return Example(fields, 0, 0, f"{name}:1")
 
 
