@@ -1,4 +1,4 @@
-"""The TS Aligner: a small network that learns the task from the teacher's vector alone, and its orthogonal projection.
+"""The TS Aligner: a small network that learns the task from the teacher's vector alone, and its projection.
 
 Shapes: B batch, d_e teacher vector (1024 = a 4x16x16 Stable Diffusion latent), d_h hidden, C labels, d shared space.
     h_t = drop(relu(W2 drop(relu(W1 e))))     (B, d_h)
@@ -7,7 +7,7 @@ Shapes: B batch, d_e teacher vector (1024 = a 4x16x16 Stable Diffusion latent), 
     a_t = C'_t drop(p_t)                      (B, C)    auxiliary logits
 
     aligner = TSAligner(latent_dim=1024, num_labels=2)
-    aligner_loss(aligner(e), y, gamma=1.0).backward()      # then optimizer.step(); nothing to retract or to call after
+    aligner_loss(aligner(e), y, gamma=1.0).backward()      # then optimizer.step(), and no method to call after it
 """
 from typing import NamedTuple
 
@@ -27,16 +27,16 @@ class Outputs(NamedTuple):
 class Householder(nn.Module):
     """x -> x Q[:, :d], Q a product of k reflections  x <- x - 2 (x.v) v  with v normalised: (B, n) -> (B, d).
 
-    Each reflection is orthogonal whatever v is, so Q is orthogonal BY CONSTRUCTION, at every step of any optimizer. The
-    alternatives pay for it: a matrix exponential (the authors' parametrisation) or a Cayley transform solves an n x n
-    problem a step, a QR retraction is a second optimizer step that must not be forgotten; tests/bench.py prints ratios.
+    A reflection is orthogonal whatever v is, so Q is orthogonal BY CONSTRUCTION at every step of any optimizer.
+    The alternatives pay for it: a matrix exponential or a Cayley transform solves an n x n problem a step, and a
+    QR retraction is a second optimizer step that one must not forget. tests/bench.py prints the ratio.
 
-    Why k = 32 reflections lose nothing here, though a general Q needs n. Without dropout L_A sees P_t only through the
-    product C'_t P_t, and C'_t is free: replacing (C'_t, P_t) by (C'_t R^T, R P_t) for an orthogonal R changes no logit.
-    P_t is a gauge. What matters is which C-dimensional space C'_t reads, and k >= C reflections carry any C-frame to
-    any other (one reflection for each frame vector). tests/test_align.py shows both.
+    Why k = 32 reflections lose nothing here, though a general Q needs n. Without dropout L_A sees P_t only through
+    the product C'_t P_t, and C'_t is free: replacing (C'_t, P_t) by (C'_t R^T, R P_t) for an orthogonal R changes
+    no logit. P_t is a gauge. What matters is which C-dimensional space C'_t reads, and k >= C reflections carry any
+    C-frame to any other, one reflection for each frame vector. tests/test_align.py shows both.
 
-    d > n pads x with zeros first: Q is then n -> d with orthonormal columns (used by the student on request).
+    d > n pads x with zeros first: Q then has orthonormal columns (the student's projection, on request).
     """
 
     def __init__(self, in_dim, out_dim, reflections=32):
@@ -45,26 +45,32 @@ class Householder(nn.Module):
         self.v = nn.Parameter(torch.randn(reflections, max(in_dim, out_dim)))  # (k, n)
 
     def forward(self, x):
-        x = F.pad(x, (0, self.v.size(1) - self.in_dim))                        # (B, n)
-        v = F.normalize(self.v, dim=-1)                                        # (k, n)
-        # k reflections one after another are 2k small steps. Their product has a closed ("compact WY") form,
-        #   Q = I - V^T S^-1 V   with S = I/2 + the strict upper triangle of V V^T   (V holds the k rows v),
-        # so two thin matrix products and one k x k triangular solve do it; the test's oracle is the plain loop.
-        s = (v @ v.T).triu(1) + 0.5 * torch.eye(len(v), dtype=v.dtype, device=v.device)  # (k, k)
-        w = torch.linalg.solve_triangular(s, v[:, : self.out_dim], upper=True)           # (k, d)
-        return x[:, : self.out_dim] - (x @ v.T) @ w                                      # (B, d)
+        # DEVIATION: the authors' code parametrises P by a matrix exponential; reflections are as exact and far cheaper.
+        # k of them one after another are 2k small steps, but their product has a closed ("compact WY") form,
+        #   Q = I - V^T S^-1 V   with S = I/2 + the strict upper triangle of V V^T   (V holds the k rows v):
+        # two thin matrix products and one k x k triangular solve. The test's oracle is the plain loop.
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # TF32 or bf16 would bend Q by 1e-4 and more
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.pad(x.to(self.v.dtype), (0, self.v.size(1) - self.in_dim))                 # (B, n)
+            v = F.normalize(self.v, dim=-1)                                                  # (k, n)
+            s = (v @ v.T).triu(1) + 0.5 * torch.eye(len(v), dtype=v.dtype, device=v.device)  # (k, k)
+            w = torch.linalg.solve_triangular(s, v[:, :self.out_dim], upper=True)            # (k, d)
+            p = x[:, :self.out_dim] - (x @ v.T) @ w                                          # (B, d)
+        torch.set_float32_matmul_precision(precision)
+        return p
 
 
 class TSAligner(nn.Module):
-    """Teacher vectors (B, d_e) -> Outputs. Float32 only: it costs milliseconds and half precision would bend P_t.
+    """Teacher vectors (B, d_e) -> Outputs. It costs milliseconds, so it always runs in float32.
 
-    proj_dim d defaults to latent_dim. DEVIATION: paper says 768 (Table 1), the authors' code 1024; we default to d_e,
-    because then p_t keeps every length and angle of e (an isometry) and nothing of the teacher is cut off.
-    Raises ValueError when d > d_e: orthonormal rows of length d_e are at most d_e.
+    proj_dim d defaults to latent_dim; ValueError where d > d_e: rows of length d_e are orthonormal d_e at most.
     """
 
     def __init__(self, latent_dim, num_labels, hidden_dim=512, proj_dim=None, dropout=0.1):
         super().__init__()
+        # DEVIATION: paper says 768 (Table 1), the authors' code 1024; we default to d_e, because then p_t keeps every
+        # length and angle of e (an isometry) and nothing of the teacher is cut off.
         proj_dim = latent_dim if proj_dim is None else proj_dim
         if not 1 <= proj_dim <= latent_dim:
             raise ValueError(f"proj_dim {proj_dim} must be between 1 and latent_dim {latent_dim}: orthonormal rows")

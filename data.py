@@ -1,7 +1,7 @@
 """Tasks: a registry, readers of the official files, and batches.
 
-A task is ONE entry of TASKS: name, text template whose {fields} are columns of the official file, labels, metrics.
-Every field reaches the student and the teacher, word for word; the label reaches neither.
+A task is ONE entry of TASKS: name, text templates whose {fields} are columns of its files, labels, metrics. Every
+field reaches the student and the teacher, word for word; the label reaches neither.
 
     splits = load_task("rte", "data")             # {"train": [Example, ...], "dev": [...], "test": [...]}
     TASKS["rte"].pair(splits["train"][0])         # (text_a, text_b): what an encoder reads
@@ -14,7 +14,9 @@ import json
 import os
 import random
 import re
+import shutil
 import string
+import tempfile
 import urllib.request
 import zipfile
 from dataclasses import dataclass, field, replace
@@ -49,9 +51,8 @@ class Task:
     kind: str = "classify"
     metrics: tuple = ("accuracy",)  # the first one is the headline
     label_column: str = "label"
-    columns: dict = field(default_factory=dict)  # field -> column, where a file names it otherwise
+    columns: dict = field(default_factory=dict)   # field -> column, where a file names it otherwise
     header: tuple = ()              # columns of a train or dev file without a header line
-    archive: str = ""               # official address
     rows: tuple = ()                # official number of train and dev rows
     defaults: dict = field(default_factory=dict)  # overrides of train.Config
 
@@ -75,43 +76,44 @@ class Task:
 
 
 # ---- the registry ------------------------------------------------------------------------------------------
-GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
-SUPERGLUE = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2/"
 TWO, TRUTH, NLI = ("0", "1"), ("false", "true"), ("entailment", "not_entailment")
 NLI3 = ("entailment", "neutral", "contradiction")
 
 # DEVIATION: the authors' code never tokenises text_c ... text_g (COPA's second choice, WiC's word and WSC's spans
 # are lost); here whatever column the task needs stands in the template and reaches student and teacher.
 TASKS = {task.name: task for task in (
-    Task("cola", "CoLA", "{sentence}", labels=TWO, metrics=("mcc",), archive=GLUE + "CoLA.zip",
-         header=("source", "label", "mark", "sentence"), rows=(8551, 1043)),
-    Task("sst2", "SST-2", "{sentence}", labels=TWO, archive=GLUE + "SST-2.zip", rows=(67349, 872)),
+    Task("cola", "CoLA", "{sentence}", None, TWO, metrics=("mcc",), rows=(8551, 1043),
+         header=("source", "label", "mark", "sentence")),
+    Task("sst2", "SST-2", "{sentence}", None, TWO, rows=(67349, 872)),
     Task("mrpc", "MRPC", "{sentence1}", "{sentence2}", TWO, metrics=("accuracy", "f1"), rows=(3668, 408),
          columns={"sentence1": "#1 String", "sentence2": "#2 String"}, label_column="Quality"),
     Task("stsb", "STS-B", "{sentence1}", "{sentence2}", kind="regress", metrics=("pearson", "spearman"),
-         label_column="score", archive=GLUE + "STS-B.zip", rows=(5749, 1500)),
-    Task("qqp", "QQP", "{question1}", "{question2}", TWO, metrics=("accuracy", "f1"),
-         label_column="is_duplicate", archive=GLUE + "QQP-clean.zip", rows=(363846, 40430)),
-    Task("mnli", "MNLI", "{sentence1}", "{sentence2}", NLI3, label_column="gold_label",
-         archive=GLUE + "MNLI.zip", rows=(392702, 9815)),
-    Task("qnli", "QNLI", "{question}", "{sentence}", NLI, archive=GLUE + "QNLIv2.zip", rows=(104743, 5463)),
-    Task("rte", "RTE", "{premise}", "{hypothesis}", NLI, archive=SUPERGLUE + "RTE.zip", rows=(2490, 277),
+         rows=(5749, 1500), label_column="score"),
+    Task("qqp", "QQP", "{question1}", "{question2}", TWO, metrics=("accuracy", "f1"), rows=(363846, 40430),
+         label_column="is_duplicate"),
+    Task("mnli", "MNLI", "{sentence1}", "{sentence2}", NLI3, rows=(392702, 9815), label_column="gold_label"),
+    Task("qnli", "QNLI", "{question}", "{sentence}", NLI, rows=(104743, 5463)),
+    Task("rte", "RTE", "{premise}", "{hypothesis}", NLI, rows=(2490, 277),
          columns={"premise": "sentence1", "hypothesis": "sentence2"}),  # in the tsv form; the jsonl form wins
-    Task("wnli", "WNLI", "{sentence1}", "{sentence2}", TWO, archive=GLUE + "WNLI.zip", rows=(635, 71)),
-    Task("boolq", "BoolQ", "{question}", "{passage}", TRUTH, archive=SUPERGLUE + "BoolQ.zip", rows=(9427, 3270)),
-    Task("cb", "CB", "{premise}", "{hypothesis}", NLI3, metrics=("accuracy", "f1"),
-         archive=SUPERGLUE + "CB.zip", rows=(250, 56)),
-    Task("copa", "COPA", "{premise} What was the {question}?", "1: {choice1} 2: {choice2}", TWO,
-         archive=SUPERGLUE + "COPA.zip", rows=(400, 100)),
-    Task("wic", "WiC", "{word}: {sentence1}", "{sentence2}", TRUTH, archive=SUPERGLUE + "WiC.zip",
-         rows=(5428, 638)),
-    Task("wsc", "WSC", "{text}", "{span2_text} refers to {span1_text}", TRUTH, archive=SUPERGLUE + "WSC.zip",
-         rows=(554, 104)),
-    Task("objects", "", "{text}", labels=("no", "yes"), rows=(120, 500), defaults={
+    Task("wnli", "WNLI", "{sentence1}", "{sentence2}", TWO, rows=(635, 71)),
+    Task("boolq", "BoolQ", "{question}", "{passage}", TRUTH, rows=(9427, 3270)),
+    Task("cb", "CB", "{premise}", "{hypothesis}", NLI3, metrics=("accuracy", "f1"), rows=(250, 56)),
+    Task("copa", "COPA", "{premise} What was the {question}?", "1: {choice1} 2: {choice2}", TWO, rows=(400, 100)),
+    Task("wic", "WiC", "{word}: {sentence1}", "{sentence2}", TRUTH, rows=(5428, 638)),
+    Task("wsc", "WSC", "{text}", "{span2_text} refers to {span1_text}", TRUTH, rows=(554, 104)),
+    Task("objects", "", "{text}", None, ("no", "yes"), defaults={
         "student": "tiny", "teacher": "painter",  # from scratch: a pretrained student's 2e-5 would move nothing
         "lr": 4e-3, "epochs": 40, "beta": 20.0, "eval_every": 10}),
 )}
 KEEP = ("question", "word", "span1_text", "span2_text")  # never shortened: the rest means nothing without them
+
+# Official archives; MRPC has none. Each holds one folder, named as Task.folder.
+SITE = "https://dl.fbaipublicfiles.com/glue/"
+ARCHIVES = {name: SITE + "data/" + file for name, file in {
+    "cola": "CoLA.zip", "sst2": "SST-2.zip", "stsb": "STS-B.zip", "qqp": "QQP-clean.zip", "mnli": "MNLI.zip",
+    "qnli": "QNLIv2.zip", "wnli": "WNLI.zip"}.items()}
+ARCHIVES |= {name: f"{SITE}superglue/data/v2/{TASKS[name].folder}.zip"
+             for name in ("boolq", "cb", "copa", "rte", "wic", "wsc")}
 
 
 def known(name, names, what):
@@ -128,7 +130,7 @@ def find_task(name):
     return TASKS[known(name.lower(), TASKS, "task")]
 
 
-# ---- the embedded task: everyday objects, their size in centimetres, colour and shape ------------------------
+# ---- the embedded task: everyday objects, their size in centimetres, colour and shape ----------------------
 # A student trained from scratch has never seen a piano; a picture knows how big one is.
 _OBJECTS = """
 ant .5 black disc, seed .6 brown disc, ladybird .8 red disc, pea .9 green disc, bee 1.4 yellow disc,
@@ -144,13 +146,14 @@ giraffe 520 yellow bar, van 560 white box, elephant 600 grey disc, boat 650 blue
 bus 1150 red box, tree 1200 green cone, house 1400 brown cone, lorry 1700 green box, whale 2500 blue disc,
 lighthouse 3000 red bar, church 3500 grey cone, aeroplane 4000 white bar, ferry 5200 white box,
 bridge 6000 grey bar"""
-OBJECTS = {name: (float(size), colour, shape) for name, size, colour, shape in map(str.split, _OBJECTS.split(","))}
-_QUESTIONS = ("is {a} bigger than {b}?", "would {a} be larger than {b}?", "does {a} take up more room than {b}?",
-              "{a} or {b}: is the first one bigger?")
+OBJECTS = {name: (float(size), colour, shape)
+           for name, size, colour, shape in map(str.split, _OBJECTS.split(","))}
+_QUESTIONS = ("is {a} bigger than {b}?", "would {a} be larger than {b}?",
+              "does {a} take up more room than {b}?", "{a} or {b}: is the first one bigger?")
 
 
 def _objects():
-    """120 training pairs and two held-out sets; no pair is shared in either order, none closer than 1.25 in size."""
+    """120 training pairs, two held-out sets; no pair is shared in either order, none closer than 1.25 in size."""
     rng = random.Random(4)  # the first seed whose training pairs show every object: a word never read says nothing
     size = {name: OBJECTS[name][0] for name in OBJECTS}
     pairs = [(a, b) for a in OBJECTS for b in OBJECTS if size[b] >= 1.25 * size[a]]
@@ -164,7 +167,7 @@ def _objects():
     return {"train": rows[:120], "dev": rows[120:620], "test": rows[620:]}
 
 
-# ---- reading the official files ------------------------------------------------------------------------------
+# ---- reading the official files ----------------------------------------------------------------------------
 FILES = {"jsonl": {"train": "train.jsonl", "dev": "val.jsonl", "test": "test.jsonl"},
          "tsv": {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"},
          "mnli": {"train": "train.tsv", "dev": "dev_matched.tsv", "dev_mismatched": "dev_mismatched.tsv",
@@ -192,6 +195,8 @@ def load_task(name, data_dir=None, cache_dir=CACHE):
         elif split in ("train", "dev"):
             raise UserError(f"{folder / file} is missing: give --data-dir the folder that holds {task.folder}/ with "
                             "the official files, or leave it out to download them")
+    if not data_dir and (found := (len(splits["train"]), len(splits["dev"]))) != task.rows:
+        raise UserError(f"{folder} has {found} rows in train and dev, not {task.rows}: delete it to fetch it again")
     return splits
 
 
@@ -232,21 +237,16 @@ def _example(task, row, split, number, where):
             names = " or ".join(dict.fromkeys((repr(name), repr(column))))
             raise UserError(f"{where} has no text {names}: found {', '.join(map(str, row))}")
         fields[name] = row[column]
-    idx, raw = row.get("idx"), row.get(task.label_column)
-    idx = idx if isinstance(idx, int) else number
-    if raw is None and split.startswith("test"):
-        return Example(fields, None, idx, where)
-    if task.kind == "regress":
-        try:
-            label = float(raw)
+    raw, label = row.get(task.label_column), None
+    if raw is not None or not split.startswith("test"):
+        try:  # a class is spelled in lower case, and JSON's true and 1 are "true" and "1"
+            label = float(raw) if task.kind == "regress" else task.labels.index(str(raw).lower())
         except (TypeError, ValueError):
-            label = -1.0
+            label = -1
         if not 0 <= label <= 5:
-            raise UserError(f"{where} has the score {raw!r}: expected a number from 0 to 5")
-        return Example(fields, label, idx, where)
-    if str(raw).lower() not in task.labels:  # JSON's true and 1 are "true" and "1" here
-        raise UserError(f"{where} has the label {raw!r}: expected one of {', '.join(task.labels)}")
-    return Example(fields, task.labels.index(str(raw).lower()), idx, where)
+            wanted = f"one of {', '.join(task.labels)}" if task.labels else "a number from 0 to 5"
+            raise UserError(f"{where} has the label {raw!r} in column {task.label_column}: expected {wanted}")
+    return Example(fields, label, row["idx"] if isinstance(row.get("idx"), int) else number, where)
 
 
 def _mark_spans(row, where):
@@ -258,7 +258,7 @@ def _mark_spans(row, where):
             first, count = target[span + "_index"], len(target[span + "_text"].split())
             marks += [(words[first].start(), left), (words[first + count - 1].end(), right)]
     except (KeyError, TypeError, IndexError, AttributeError):
-        raise UserError(f"{where} has no text with two spans in it: expected text, target.span1_index ...") from None
+        raise UserError(f"{where} has no text with two spans: expected text, target.span1_index ...") from None
     for position, mark in sorted(marks, reverse=True):  # from the end, so that earlier positions stay true
         text = text[:position] + mark + text[position:]
     return {"text": text, "span1_text": target["span1_text"], "span2_text": target["span2_text"]}
@@ -266,73 +266,74 @@ def _mark_spans(row, where):
 
 def download(task, cache_dir):
     """Fetch and unpack the official archive, once; returns the folder that holds task.folder."""
-    data_dir = Path(cache_dir) / "data"
-    part, unpacked = data_dir / f"{task.folder}.zip.part", data_dir / f"{task.folder}.part"
+    data_dir, url = Path(cache_dir) / "data", ARCHIVES.get(task.name)
     if (data_dir / task.folder).is_dir():
         return data_dir
-    if not task.archive:
+    if not url:
         raise UserError(f"task {task.name} has no single official archive: put its files into FOLDER/{task.folder} "
                         "and give --data-dir FOLDER")
-    print(f"downloading {task.archive} into {data_dir}", flush=True)
+    print(f"downloading {url} into {data_dir}", flush=True)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(task.archive, timeout=10) as answer, open(part, "wb") as file:
-            while block := answer.read(1 << 20):
-                file.write(block)
-        with zipfile.ZipFile(part) as archive:
-            archive.extractall(unpacked)  # zipfile keeps members that climb out with ../ inside
-        (unpacked / task.folder).rename(data_dir / task.folder)
+        with tempfile.TemporaryDirectory(dir=data_dir) as scratch:  # beside its goal, so that the rename is atomic
+            with urllib.request.urlopen(url, timeout=10) as answer, open(f"{scratch}/zip", "wb") as file:
+                shutil.copyfileobj(answer, file)
+            zipfile.ZipFile(f"{scratch}/zip").extractall(scratch)  # keeps members that climb with ../ inside
+            os.rename(f"{scratch}/{task.folder}", data_dir / task.folder)
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"could not fetch {task.archive} ({getattr(error, 'reason', error)}): unpack it into FOLDER "
-                        "where there is a network and give --data-dir FOLDER") from None
-    part.unlink()
+        raise UserError(f"could not fetch {url} ({getattr(error, 'reason', error)}): unpack it into FOLDER where "
+                        "there is a network and give --data-dir FOLDER") from None
     return data_dir
 
 
-# ---- from examples to batches --------------------------------------------------------------------------------
+# ---- from examples to batches ------------------------------------------------------------------------------
 def encode(task, examples, tokenizer, max_length, decoder):
     """Tokenise once, before training: ([{"input_ids": [...], ...} for each example], how many were shortened).
 
-    A text over max_length tokens has its longest FIELD shortened before the template is filled. Cutting the filled
-    text instead would drop the hypothesis behind a long premise, or the question.
+    A text over max_length tokens has its longest FIELD shortened before the template is filled. Cutting the
+    filled text instead would drop the hypothesis behind a long premise, or the question.
     """
     rows, shortened = [], 0
+    # A decoder that is handed token_type_ids (GPT-2) adds them as if they were words.
+    wanted = ("input_ids",) if decoder else ("input_ids", "token_type_ids")
     for start in range(0, len(examples), 1000):
         chunk = examples[start:start + 1000]
         a, b = zip(*(task.text(example, decoder) for example in chunk))
-        encoded = tokenizer(list(a), list(b) if b[0] else None, verbose=False)
-        keys = [key for key in ("input_ids", "token_type_ids") if key in encoded]
+        encoded = tokenizer(list(a), None if b[0] is None else list(b), verbose=False)
         for i, example in enumerate(chunk):
-            row = {key: encoded[key][i] for key in keys}
+            row = {key: encoded[key][i] for key in wanted if key in encoded}
             if len(row["input_ids"]) > max_length:
                 short = tokenizer(*task.text(_shorten(task, example, tokenizer, max_length, decoder), decoder))
-                row, shortened = {key: short[key] for key in keys}, shortened + 1
+                row, shortened = {key: short[key] for key in row}, shortened + 1
             rows.append(row)
     return rows, shortened
 
 
 def _shorten(task, example, tokenizer, max_length, decoder):
-    """The example with its longest fields cut at a token's end, longest first, until it fits."""
+    """The example with its longest fields cut between two tokens, longest first, until it fits."""
     fields = dict(example.fields)
     short = replace(example, fields=fields)
     while (over := len(tokenizer(*task.text(short, decoder), verbose=False)["input_ids"]) - max_length) > 0:
-        ends = {name: [end for _, end in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True,
-                                                   verbose=False)["offset_mapping"]]
-                for name, text in fields.items() if name not in KEEP}
-        (second, _), (length, longest) = sorted([(0, "")] + [(len(ends[name]), name) for name in ends])[-2:]
-        if length == 0:
-            raise UserError(f"--max-length {max_length} is too small for {example.where}: with nothing left to shorten "
-                            f"it takes {max_length + over} tokens")
+        # Where each token STARTS: several may share one character (an emoji's bytes), and cutting before the first
+        # of them always removes something, while cutting at an end may not.
+        starts = {name: [start for start, _ in tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]]
+            for name, text in fields.items() if name not in KEEP}
+        second, longest = sorted([0, *map(len, starts.values())])[-2:]
+        if longest == 0:
+            raise UserError(f"--max-length {max_length} is too small for {example.where}: with nothing left to "
+                            f"shorten it takes {max_length + over} tokens")
         # Down to the second longest, or, where the two are about equal, half of the excess from this one.
-        keep = max(length - over, min(second, length - (over + 1) // 2))
-        fields[longest] = fields[longest][:ends[longest][keep - 1]] if keep > 0 else ""
+        keep = max(0, longest - over, min(second, longest - (over + 1) // 2))
+        name = next(name for name in starts if len(starts[name]) == longest)
+        fields[name] = fields[name][:starts[name][keep]].rstrip()
     return short
 
 
 def length_grouped_batches(lengths, batch_size, seed):
-    """[[row, ...], ...]: every row once, rows of similar length together, the short last batch kept, order random.
+    """[[row, ...], ...]: every row once, similar lengths together, the short last batch kept, in random order.
 
-    Shuffle, sort within pools of 16 batches, shuffle the batches: little padding, and no epoch like the one before.
+    Shuffle, sort within pools of 16 batches, shuffle the batches: little padding, and no two epochs alike.
     """
     rng, order, batches = random.Random(seed), list(range(len(lengths))), []
     rng.shuffle(order)
@@ -349,5 +350,6 @@ def collate(rows, pad_id):
 
     width = max(len(row["input_ids"]) for row in rows)
     rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-    return {key: torch.tensor([row[key] + [pad_id * (key == "input_ids")] * (width - len(row[key])) for row in rows])
+    return {key: torch.tensor([row[key] + [pad_id * (key == "input_ids")] * (width - len(row[key]))
+                               for row in rows])  # (B, L)
             for key in ("input_ids", "attention_mask", "token_type_ids") if key in rows[0]}

@@ -10,12 +10,11 @@ many noisy scores is too good, the more so the more often one looks.
 import argparse
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
-from data import UserError, collate, encode, find_task, load_task
+from data import UserError, encode, find_task, load_task
 
 
 # ---- metrics -------------------------------------------------------------------------------------------------
@@ -27,9 +26,10 @@ def _f1(predictions, labels, positive):
 
 def _correlation(a, b):
     """Pearson's r; 0 where a column is constant. Of two 0/1 columns it is Matthews' coefficient."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:  # asked of the values: rounding leaves a - mean(a) a little off zero
+        return 0.0
     a, b = a - a.mean(), b - b.mean()
-    scale = np.sqrt((a @ a) * (b @ b))
-    return a @ b / scale if scale > 0 else 0.0
+    return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
 def _ranks(values):
@@ -54,26 +54,7 @@ def compute_metrics(task_name, predictions, labels):
     return {name: float(formulas[name]()) for name in task.metrics}
 
 
-# ---- a student on a split ------------------------------------------------------------------------------------
-def predict(student, rows, batch_size=64, autocast=nullcontext):
-    """Predictions (N,) for encoded rows, in their order; texts of equal length share a batch."""
-    import torch
-
-    from losses import predictions
-
-    training, device, answers = student.training, next(student.parameters()).device, np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    student.eval()
-    with torch.inference_mode(), autocast():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start:start + batch_size]
-            batch = collate([rows[i] for i in chosen], student.tokenizer.pad_token_id)
-            logits = student(**{key: value.to(device) for key, value in batch.items()}).logits
-            answers[chosen] = predictions(logits).cpu().numpy()
-    student.train(training)
-    return answers
-
-
+# ---- a split, and what was answered --------------------------------------------------------------------------
 def score(task, examples, answers):
     """Metrics of a split; None where its labels are unknown (the official test sets)."""
     known = examples[0].label is not None
@@ -97,33 +78,35 @@ def write_predictions(folder, split, task, examples, answers):
 # ---- runs ----------------------------------------------------------------------------------------------------
 def find_cells(runs):
     """The ARM/SEED folders with a saved student at or below the given folders, in order, each once."""
-    cells = []
+    cells = {}
     for run in map(Path, runs):
         found = [path.parent.parent for path in sorted(run.glob("**/last/student.json"))]
         if not found:
             raise UserError(f"{run} holds no saved run (ARM/SEED/last/): give a training's --out, or a folder in it")
-        cells += [cell for cell in found if cell not in cells]
-    return cells
+        cells |= dict.fromkeys(found)
+    return list(cells)
 
 
 def evaluate_cell(cell, data_dir, batch_size, device):
-    """Score a cell's saved students again; writes predictions_*, returns its metrics.json brought up to date."""
+    """Score a cell's saved students again and write predictions_*; returns the contents of an up-to-date metrics.json."""
     from student import load_student
 
     config, path = json.loads((cell / "config.json").read_text()), cell / "metrics.json"
     metrics = json.loads(path.read_text()) if path.exists() else {"task": config["task"], "arm": config["arms"][0]}
     task = find_task(config["task"])
     splits = load_task(task.name, data_dir or config["data_dir"], config["cache_dir"])
-    for folder in ("best", "last"):
+
+    def answers(folder, split):
         student = load_student(cell / folder).to(device)
-        for split in [s for s in splits if s == "dev" or (s != "train" and folder == "last")]:
-            rows, _ = encode(task, splits[split], student.tokenizer, config["max_length"], student.decoder)
-            answers = predict(student, rows, batch_size)
-            if folder == "last":
-                write_predictions(cell, split, task, splits[split], answers)
-                metrics[split] = score(task, splits[split], answers)
-            else:
-                metrics["best"] = {**metrics.get("best", {}), "dev": score(task, splits[split], answers)}
+        rows, _ = encode(task, splits[split], student.tokenizer, config["max_length"], student.decoder)
+        return student.answers(rows, batch_size)
+
+    for split in [split for split in splits if split != "train"]:
+        found = answers("last", split)
+        write_predictions(cell, split, task, splits[split], found)
+        metrics[split] = score(task, splits[split], found)
+    if (cell / "best").exists():  # not in a run that was stopped before its first evaluation
+        metrics["best"] = {**(metrics.get("best") or {}), "dev": score(task, splits["dev"], answers("best", "dev"))}
     return metrics
 
 
@@ -144,7 +127,7 @@ def table(cells):
             rows = [cell for cell in here if cell["arm"] == arm]
             norms = [row["grad_norm"] for row in rows if "grad_norm" in row]
             lines.append(f"{arm:<16} {len(rows):>5}   {spread([row['dev'][metric] for row in rows]):<12} "
-                         f"{spread([row['best']['dev'][metric] for row in rows]):<12} "
+                         f"{spread([row['best']['dev'][metric] for row in rows if row.get('best')]):<12} "
                          f"{spread([(row.get('aligner') or {}).get(metric) for row in rows]):<14} "
                          + (f"{np.mean(norms):.2f}" if norms else "-"))
     return "\n".join([*lines, "* chosen on dev, so too good: compare arms by the last epoch"])
@@ -156,9 +139,13 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder that a training wrote, or a folder inside it.")
     parser.add_argument("--data-dir", help="Folder of the task files, where they have moved since the training.")
     parser.add_argument("--batch-size", type=int, default=64, help="Texts evaluated at once (64 by default).")
-    parser.add_argument("--device", default="cpu", help="Device to evaluate on, cpu (the default) or cuda.")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="Device to evaluate on (cpu by default).")
     args = parser.parse_args(argv)
     try:
+        import torch
+
+        if args.batch_size < 1 or (args.device == "cuda" and not torch.cuda.is_available()):
+            raise UserError(f"--batch-size {args.batch_size} --device {args.device}: a batch of 1 or more, a device that is here")
         results = []
         for cell in find_cells(args.runs):
             print(f"scoring {cell}", file=sys.stderr)

@@ -11,8 +11,10 @@ Shapes: B batch, L tokens, d_s width of the language model, C labels, d shared p
     load_student("runs/rte/armada/0/last").predict([("A man sleeps.", "A man is awake.")])
 """
 import difflib
+import functools
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub as hub
@@ -20,6 +22,7 @@ import tokenizers
 import torch
 import torch.nn as nn
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers, pre_tokenizers, processors
 from transformers.models.auto import modeling_auto as families
@@ -37,7 +40,7 @@ SHORT_NAMES = {
     "deberta-v2-xxlarge": "microsoft/deberta-v2-xxlarge", "opt-125m": "facebook/opt-125m",
     "opt-1.3b": "facebook/opt-1.3b", "llama-3b": "meta-llama/Llama-3.2-3B", "llama-7b": "huggyllama/llama-7b",
     "llama-8b": "meta-llama/Llama-3.1-8B"}
-POOLERS = ("bert", "roberta", "xlm-roberta")  # families whose pretrained pooler, a tanh layer on [CLS], is used
+POOLERS = ("bert", "roberta", "xlm-roberta")  # families whose own pooler, a tanh layer on the first token, is used
 
 
 class Student(nn.Module):
@@ -54,14 +57,21 @@ class Student(nn.Module):
         # OPT-350m projects its last layer to another width than hidden_size.
         width = getattr(lm.config, "word_embed_proj_dim", None) or lm.config.hidden_size
         # The aligner's gauge argument does not hold here, since p_s must meet p_t coordinate by coordinate: an
-        # orthogonal P_s gets the d_s reflections that reach every orthogonal matrix.
+        # orthogonal P_s gets d_s reflections, enough for every rotation of h_s.
         projection = Householder(width, proj_dim, width) if orthogonal else nn.Linear(width, proj_dim, bias=False)
         self.heads = nn.ModuleDict({"classifier": nn.Linear(width, num_labels), "projection": projection,
                                     "aux_classifier": nn.Linear(proj_dim, num_labels)})  # C_s, P_s, C'_s
         self.drop = nn.Dropout(dropout)
 
+    @property
+    def max_tokens(self):
+        """The longest text that tokenizer and position table allow; OPT's tokenizer alone would say 1e30."""
+        return min(self.tokenizer.model_max_length, getattr(self.lm.config, "max_position_embeddings", 10**9))
+
     def forward(self, input_ids, attention_mask, token_type_ids=None):
         extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        if self.decoder:
+            extra = {"use_cache": False}  # keys and values for a next token that never comes: gigabytes
         out = self.lm(input_ids=input_ids, attention_mask=attention_mask, **extra)
         h = self.pool(out, attention_mask)                    # (B, d_s)
         o = self.heads["classifier"](self.drop(h))            # (B, C)
@@ -75,10 +85,12 @@ class Student(nn.Module):
             return out.pooler_output
         # DEVIATION: the authors take OPT's last position even where it is padding, and LLaMA's position 0, which under
         # a causal mask has read one token: the same vector for every text. Here it is the last real token, found by
-        # the mask and never by its id, since pad may equal end-of-text. Other encoders: the first real token.
-        position = torch.arange(1, attention_mask.size(1) + 1, device=attention_mask.device)       # (L,)
-        position = (attention_mask * (position if self.decoder else position.flip(0))).argmax(-1)  # (B,)
-        return out.last_hidden_state[torch.arange(len(position), device=position.device), position]
+        # the mask and never by its id, since pad may equal end-of-text. Other encoders: the first token.
+        if not self.decoder:
+            return out.last_hidden_state[:, 0]
+        column = torch.arange(1, attention_mask.size(1) + 1, device=attention_mask.device)  # (L,)
+        last = (attention_mask * column).argmax(-1)                                         # (B,)
+        return out.last_hidden_state[torch.arange(len(last), device=last.device), last]
 
     def checkpoint_gradients(self):
         """Recompute each layer in the backward pass: about a third more time, the activations of one layer only."""
@@ -86,21 +98,31 @@ class Student(nn.Module):
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
 
     @torch.inference_mode()
-    def predict(self, texts, batch_size=32):
-        """Label names (scores for a regression) for a person's own texts, in order.
-
-        texts: strings, or (text_a, text_b) pairs for a two-text task on an encoder. A decoder wants the one prompt that
-        it was trained on, TASKS[...].prompt(example).
-        """
-        training, device, answers = self.training, self.heads["classifier"].weight.device, []
+    def answers(self, rows, batch_size=64, autocast=nullcontext):
+        """Class ids (or scores) for encoded rows, a list in their order; texts of equal length share a batch."""
+        training, device, answers = self.training, self.heads["classifier"].weight.device, {}
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         self.eval()
-        for start in range(0, len(texts), batch_size):
-            pairs = [(text,) if isinstance(text, str) else text for text in texts[start:start + batch_size]]
-            rows = [self.tokenizer(*pair, truncation=True, max_length=self.settings["max_length"]) for pair in pairs]
-            batch = collate(rows, self.tokenizer.pad_token_id)
-            answers += predictions(self(**{key: value.to(device) for key, value in batch.items()}).logits).tolist()
+        for start in range(0, len(order), batch_size):
+            chosen = order[start:start + batch_size]
+            batch = collate([rows[i] for i in chosen], self.tokenizer.pad_token_id)
+            with autocast():
+                logits = self(**{key: value.to(device) for key, value in batch.items()}).logits
+            answers.update(zip(chosen, predictions(logits).tolist()))
         self.train(training)
-        labels = self.settings["labels"]
+        return [answers[i] for i in range(len(rows))]
+
+    def predict(self, texts):
+        """Label names (scores for a regression) for a person's own texts, a list in their order.
+
+        texts: a list of strings, or of (text_a, text_b) pairs for a two-text task on an encoder. A decoder wants the one
+        prompt that it was trained on, TASKS[...].prompt(example).
+        """
+        if isinstance(texts, str):
+            raise UserError("predict wants a list of texts: predict([text])")
+        pairs, labels = [(text,) if isinstance(text, str) else text for text in texts], self.settings["labels"]
+        cut = dict(truncation=True, max_length=self.settings["max_length"], return_token_type_ids=not self.decoder)
+        answers = self.answers([dict(self.tokenizer(*pair, **cut)) for pair in pairs])
         return [labels[answer] for answer in answers] if labels else answers
 
     def save(self, folder):
@@ -126,8 +148,11 @@ def load_student(folder):
     folder = Path(folder)
     if not (folder / "student.json").is_file():
         raise UserError(f"{folder} holds no saved student (no student.json): give a run's last/ or best/ folder")
-    student = Student(*load_pretrained(str(folder)), **json.loads((folder / "student.json").read_text()))
-    student.heads.load_state_dict(load_file(folder / "heads.safetensors"))
+    try:
+        student = Student(*load_pretrained(str(folder)), **json.loads((folder / "student.json").read_text()))
+        student.heads.load_state_dict(load_file(folder / "heads.safetensors"))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} is damaged: {' '.join(str(error).split())[:200]}") from None
     return student.eval()
 
 
@@ -151,6 +176,7 @@ def _tiny(texts):
     return transformers.BertModel(config), tokenizer
 
 
+@functools.cache
 def check_available(name):
     """from_pretrained's arguments for a short name, hub id or folder; UserError within seconds, before any weight.
 
@@ -186,15 +212,17 @@ def load_pretrained(name, model_class=transformers.AutoModel):
     """
     how = check_available(name)
     try:
-        model, info = model_class.from_pretrained(**how, dtype=torch.float32, output_loading_info=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             how["pretrained_model_name_or_path"], local_files_only="local_files_only" in how)
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        model, info = model_class.from_pretrained(**how, dtype=torch.float32, output_loading_info=True)
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())[:300]
-        hint = "; try pip install sentencepiece protobuf" if "entencepiece" in why else ""  # no tokenizer.json
-        raise UserError(f"could not load {name}: {why}{hint}") from None
-    if model.config.is_encoder_decoder:
-        raise UserError(f"{name} is an encoder-decoder: give an encoder (BERT, DeBERTa) or a decoder (OPT, LLaMA)")
+        spm = "entencepiece" in why or "tiktoken" in why  # transformers names the wrong package
+        raise UserError(f"could not load {name}: {why}" + ("; pip install sentencepiece protobuf" if spm else "")) from None
+    if model.config.is_encoder_decoder or not hasattr(model.config, "hidden_size"):
+        raise UserError(f"{name} is a {model.config.model_type} model: give an encoder (BERT, DeBERTa) or a decoder (OPT, LLaMA)")
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers invents an empty one: every text the same
+        raise UserError(f"{name} has no tokenizer files: copy tokenizer.json (or the vocabulary) into it")
     if info["missing_keys"]:
         print(f"note: {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}, which start at random", flush=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token  # LLaMA has none

@@ -15,23 +15,23 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from data import OBJECTS, UserError, known
 
 
 class Teacher:
-    """The interface: name (with all that changes a vector: it is the cache's key), dim, encode."""
+    """The interface: name (with all that changes a vector: it is the cache's key), dim, encode(texts)."""
 
-    name, dim = "", 0
     costly = True  # dearer than a look-up in the cache
 
-    def encode(self, texts):
-        """List of N texts -> float32 array (N, dim)."""
-        raise NotImplementedError
+    def vectors(self, split, texts, limit):
+        """The first `limit` vectors of a split; only a folder of ready-made rows needs to know which split."""
+        return self.encode(texts[:limit])
 
-    def vectors(self, split, texts):
-        """The vectors of a split's texts; only a folder of ready-made rows needs to know which split."""
-        return self.encode(texts)
+    def too_long(self, texts):
+        """How many of the texts the teacher does not read to their end."""
+        return 0
 
 
 class Painter(Teacher):
@@ -91,32 +91,28 @@ class Clip(Teacher):
     """The text side of CLIP's image-text space: where a picture of the text would lie, without drawing it."""
 
     def __init__(self, model):
+        import torch
         from transformers import CLIPTextModelWithProjection
 
         from student import load_pretrained  # asks the hub once and words its refusals
 
         self.name = "clip:" + (model or "openai/clip-vit-large-patch14")
-        self.model, self.tokenizer = load_pretrained(self.name[5:], CLIPTextModelWithProjection)
-        self.model.eval()
-        self.dim = self.model.config.projection_dim
+        model, self.tokenizer = load_pretrained(self.name[5:], CLIPTextModelWithProjection)
+        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.dim, self.most = model.config.projection_dim, model.config.max_position_embeddings  # 768, 77 tokens
+
+    def too_long(self, texts):
+        return sum(len(self.tokenizer(text, verbose=False)["input_ids"]) > self.most for text in texts)
 
     def encode(self, texts):
         import torch
-        from tqdm import tqdm
 
-        texts, most = list(texts), self.model.config.max_position_embeddings  # 77
-        cut = sum(len(self.tokenizer(text, verbose=False)["input_ids"]) > most for text in texts)
-        if cut:
-            print(f"{self.name} reads {most} tokens: {cut} of {len(texts)} texts were cut", file=sys.stderr)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model.to(device)
         out = np.zeros((len(texts), self.dim), np.float32)
         with torch.inference_mode():
-            for i in tqdm(range(0, len(texts), 64), desc=self.name, disable=None):
-                batch = self.tokenizer(texts[i:i + 64], padding=True, truncation=True, max_length=most,
-                                       return_tensors="pt")
-                out[i:i + 64] = self.model(**batch.to(device)).text_embeds.cpu().numpy()
-        self.model.to("cpu")  # the student needs the card
+            for i in range(0, len(texts), 64):
+                batch = self.tokenizer(list(texts[i:i + 64]), padding=True, truncation=True, max_length=self.most,
+                                       return_tensors="pt").to(self.model.device)
+                out[i:i + 64] = self.model(**batch).text_embeds.cpu().numpy()
         return out
 
 
@@ -144,12 +140,12 @@ class VectorFolder(Teacher):
             raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: expected floats, (examples, dim)")
         return rows
 
-    def vectors(self, split, texts):
+    def vectors(self, split, texts, limit):
         rows = self.open(split)
         if rows.shape != (len(texts), self.dim):
             raise UserError(f"{self.folder / split}.npy has shape {rows.shape}, expected {(len(texts), self.dim)}: one "
                             "row for each example, in the official file's order, as wide as train.npy")
-        return np.asarray(rows, np.float32)
+        return np.asarray(rows[:limit], np.float32)
 
 
 TEACHERS = {"painter": Painter, "clip": Clip, "vectors": VectorFolder}
@@ -197,16 +193,22 @@ class Cache:
 def teacher_vectors(teacher, split, texts, cache_dir, limit=None):
     """float32 (N, dim), row i for texts[i], the first `limit` of them; a costly teacher makes each text's once."""
     if not teacher.costly:
-        vectors = teacher.vectors(split, texts)[:limit]
+        vectors = _finite(teacher, teacher.vectors(split, texts, limit), split, texts)
     else:
         cache, texts = Cache(cache_dir), texts[:limit]
         missing = [text for text in dict.fromkeys(texts) if cache.get(teacher, text) is None]
-        for i in range(0, len(missing), 1024):  # a kill loses one chunk at most
-            cache.put(teacher, missing[i:i + 1024], teacher.encode(missing[i:i + 1024]))
+        if cut := teacher.too_long(missing):
+            print(f"{teacher.name}: {cut} of {len(missing)} {split} texts are too long for it and were cut", file=sys.stderr)
+        for i in tqdm(range(0, len(missing), 256), desc=teacher.name, disable=None if missing else True):
+            chunk = missing[i:i + 256]  # what a kill can lose
+            cache.put(teacher, chunk, _finite(teacher, teacher.encode(chunk), split, chunk))
         vectors = np.array([cache.get(teacher, text) for text in texts])
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        # DEVIATION: in the authors' code a missing vector becomes zeros, a picture that nobody made; we stop.
-        row = int(finite.argmin())
-        raise UserError(f"{teacher.name} has no finite vector for example {row} of {split}: {texts[row][:80]!r}")
+    return vectors
+
+
+def _finite(teacher, vectors, split, texts):
+    """DEVIATION: in the authors' code a missing vector becomes zeros, a picture that nobody made; here it is an error."""
+    bad = ~np.isfinite(vectors).all(axis=1)
+    if bad.any():
+        raise UserError(f"{teacher.name} gave no finite vector for a text of {split}: {texts[int(bad.argmax())][:80]!r}")
     return vectors

@@ -34,6 +34,7 @@ def option(default, help, **limits):
 
 
 # An arm is one line of overrides. A claim is "armada beats its best control".
+# DEVIATION: the authors compare with one baseline, without the auxiliary head; here are both.
 ARMS = {
     "undistilled": {"alpha": 0.0, "beta": 0.0, "gamma": 0.0},  # the student alone
     "undistilled-aux": {"alpha": 0.0, "beta": 0.0},            # with its auxiliary head, as in the method
@@ -56,6 +57,7 @@ class Config:
     cache_dir: str = option(CACHE, "Folder for downloads and teacher vectors.")
     out: str = option(None, "Folder to write; runs/TASK by default, or runs/TASK-2 ... when that is taken.")
     resume: str = option(None, "Run, or one ARM/SEED folder of it, to go on with; it remembers its other flags.")
+    # DEVIATION: the paper reports three kinds; our default is the one that compares each text with its own picture.
     loss: str = option("manifold", "Manifold loss: euclidean and cosine compare batch means, manifold each example.",
                        choices=("euclidean", "cosine", "manifold"))
     alpha: float = option(0.5, "Weight of the soft labels against the true ones.", low=0, high=1)
@@ -81,6 +83,7 @@ class Config:
     eval_every: int = option(None, "Epochs between evaluations with checkpoint; 1 by default (objects: 10).", low=1)
 
     def __post_init__(self):
+        self.task = self.task and self.task.lower()
         for name, kind in (("arms", str), ("seeds", int)):  # "0,1" and (0, 1) are the same thing
             value = getattr(self, name)
             value = str(value).split(",") if isinstance(value, (str, int)) else value
@@ -155,7 +158,10 @@ def resume_config(folder, typed):
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"--resume {folder}: no run there (no config.json); start one with --out {folder}")
-    saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
+    try:
+        saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
+    except (TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"--resume {folder}: its config.json is not one of this version ({error}); start anew") from None
     differ = [f"--{name.replace('_', '-')} is {getattr(saved, name)}, not {getattr(wanted, name)}"
               for name in typed if name not in ("resume", "out") and getattr(saved, name) != getattr(wanted, name)]
     if differ:
@@ -269,50 +275,52 @@ def write_json(path, content):
 def interruptible():
     """Yields a list that Ctrl-C fills instead of raising, so that no step is cut in half; a second stops at once."""
     pressed = []
-    before = signal.signal(signal.SIGINT, lambda *args: before(*args) if pressed else pressed.append(1))
+    handler = signal.default_int_handler
+    before = signal.signal(signal.SIGINT, lambda *args: handler(*args) if pressed else pressed.append(1))
     try:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def read_log(waiting, seconds):
+def read_log(waiting, seconds, scaler):
     """One line for log.jsonl: the means of waiting = [(values on the device, facts)] since the last one.
 
-    Read now and then only: an .item() a step would make the GPU wait for the CPU. UserError names the first value that
-    is not finite and its step.
+    Read now and then only: an .item() a step would make the GPU wait for the CPU. UserError names the first value
+    that is not finite and its step. fp16's scaler finds its scale by overflowing, so there an infinite gradient is a
+    skipped step and no fault, unless no scale is small enough.
     """
     names, steps = list(waiting[0][0]), [facts for _, facts in waiting]
     rows = torch.stack([torch.stack([values[name].float() for name in names]) for values, _ in waiting]).tolist()
-    for row, facts in zip(rows, steps):
-        for name, value in zip(names, row):
-            if not math.isfinite(value):
-                raise UserError(f"the {facts['role']}'s {name} became {value} at step {facts['step']} (epoch "
-                                f"{facts['epoch']}); nothing was saved since. Lower --lr or --beta, or --amp off")
-    tokens = sum(facts["tokens"] for facts in steps)
-    return {**steps[-1], "steps": len(steps), "tokens": tokens, "tokens_per_second": round(tokens / seconds),
-            **{name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}}
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise UserError("fp16 gradients overflow at every loss scale; nothing was saved since. Try --amp bf16 or off")
+    line = {**steps[-1], "steps": len(steps), "tokens": sum(facts["tokens"] for facts in steps)}
+    for name, column in zip(names, zip(*rows)):
+        finite = [value for value in column if math.isfinite(value)]
+        if len(finite) < len(column) and not (name == "grad_norm" and scaler.is_enabled()):
+            bad = steps[next(i for i, value in enumerate(column) if not math.isfinite(value))]
+            raise UserError(f"the {bad['role']}'s {name} is not finite at step {bad['step']} (epoch {bad['epoch']}); "
+                            "nothing was saved since. Lower --lr or --beta, or try --amp off")
+        line[name] = sum(finite) / max(1, len(finite))
+    return {**line, "tokens_per_second": round(line["tokens"] / seconds)}
 
 
 # ---- the data of a run -----------------------------------------------------------------------------------------
 class Data:
-    """Examples, teacher vectors and token ids, made once and shared by all cells of the grid."""
+    """Examples, teacher vectors (where any arm looks at them) and token ids, made once for all cells of the grid."""
 
     def __init__(self, config):
         self.task, self.splits = find_task(config.task), load_task(config.task, config.data_dir, config.cache_dir)
-        self.teacher = build_teacher(config.teacher)
-        self.rows, self.vectors = {}, {}
-        if (config.proj_dim or 1) > self.teacher.dim:
-            raise UserError(f"--proj-dim {config.proj_dim} is more than the {self.teacher.dim} of {config.teacher}: an "
+        self.rows, self.vectors, teacher = {}, {}, build_teacher(config.teacher)
+        self.dim, self.teacher = teacher.dim, teacher.name  # the teacher itself may go: it is not needed again
+        if (config.proj_dim or 1) > self.dim:
+            raise UserError(f"--proj-dim {config.proj_dim} is more than the {self.dim} of {config.teacher}: an "
                             "orthogonal projection cannot widen")
-
-    def ask_teacher(self, config):
-        """Vectors of train and dev, where any arm looks at them, divided by one scalar; and the training labels."""
         for split in ("train", "dev"):
             texts = [self.task.prompt(example) for example in self.splits[split]]
             if any(is_distilled(dataclasses.replace(config, **ARMS[arm])) for arm in config.arms):
                 limit = config.limit if split == "train" else None  # only the texts that we train on are paid for
-                self.vectors[split] = teacher_vectors(self.teacher, split, texts, config.cache_dir, limit)
+                self.vectors[split] = teacher_vectors(teacher, split, texts, config.cache_dir, limit)
                 if split == "train":  # root mean square; not centred. So beta means the same for every teacher.
                     rms = np.sqrt(np.mean(np.square(self.vectors[split], dtype=np.float64))) or 1.0
                 self.vectors[split] = torch.from_numpy(self.vectors[split] / np.float32(rms))  # (N, d_e)
@@ -323,8 +331,8 @@ class Data:
         """Token ids of every split, by the first cell's tokenizer (all cells have the same)."""
         if self.rows:
             return
-        if config.max_length > (most := student.tokenizer.model_max_length):
-            raise UserError(f"--max-length {config.max_length}: {config.student} reads at most {most} tokens")
+        if config.max_length > student.max_tokens:
+            raise UserError(f"--max-length {config.max_length}: {config.student} reads at most {student.max_tokens} tokens")
         for split, examples in self.splits.items():
             self.rows[split], short = encode(self.task, examples, student.tokenizer, config.max_length, student.decoder)
             if short:
@@ -353,10 +361,9 @@ class Cell:
         self.config, self.data, self.folder, self.seed = config, data, folder, config.seeds[0]
         self.done, self.best, self.seconds = 0, None, 0.0
         self.device, self.autocast, self.scaler, _ = precision(config)
-        labels, dim = max(1, len(data.task.labels)), data.teacher.dim
-        proj_dim = config.proj_dim or dim
-        saved, last = recover_folder(folder / "last"), folder / "last"
+        labels, proj_dim, last = max(1, len(data.task.labels)), config.proj_dim or data.dim, folder / "last"
         recover_folder(folder / "best")
+        saved = recover_folder(last) and (last / "training.json").exists()
         torch.manual_seed(seed_of(self.seed, "student"))
         texts = [text for example in data.splits["train"] for text in data.task.pair(example) if text]
         self.student = load_student(last) if saved else build_student(
@@ -366,7 +373,7 @@ class Cell:
         if {"on": True, "off": False, "auto": large}[config.grad_checkpoint]:
             self.student.checkpoint_gradients()
         torch.manual_seed(seed_of(self.seed, "aligner"))
-        self.aligner = TSAligner(dim, labels, proj_dim=proj_dim) if is_distilled(config) else None
+        self.aligner = TSAligner(data.dim, labels, proj_dim=proj_dim) if is_distilled(config) else None
         self.models = {"aligner": self.aligner, "student": self.student}  # in the order of an epoch
         self.models = {role: model.to(self.device) for role, model in self.models.items() if model}
         if data.task.kind == "regress" and not saved:  # a relu that starts below zero stays there: one seed in ten
@@ -377,10 +384,11 @@ class Cell:
         self.rates = {"aligner": config.aligner_lr, "student": config.lr}
         self.optimizers = {role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
                            for role, model in self.models.items()}
+        data.encode(self.student, config)
         if saved:
             self.load(last)
         else:
-            (folder / "log.jsonl").write_text("")  # what a run that was killed before its first checkpoint wrote
+            (folder / "log.jsonl").write_text("")  # and forget a run that was killed before its first checkpoint
 
     def schedule(self):
         """Every step of the run in order: (epoch, role, step, rows of the batch)."""
@@ -395,11 +403,12 @@ class Cell:
         """last/: the student as load_student and AutoModel open it, and beside it all that going on needs."""
         def write(new):
             self.student.save(new)
-            tensors = {f"{role}/{i}/{key}": value for role, optimizer in self.optimizers.items()
-                       for i, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
             if self.aligner:
-                tensors |= {f"aligner/{key}": value for key, value in self.aligner.state_dict().items()}
-            save_file(tensors, new / "training.safetensors")
+                save_file(self.aligner.state_dict(), new / "aligner.safetensors")
+            for role, optimizer in self.optimizers.items():
+                state = optimizer.state_dict()["state"].items()
+                save_file({f"{i} {key}": value for i, moments in state for key, value in moments.items()},
+                          new / f"{role}_optimizer.safetensors")
             write_json(new / "training.json", {
                 "done": self.done, "best": self.best, "seconds": self.seconds, "scaler": self.scaler.state_dict(),
                 "log": os.path.getsize(self.folder / "log.jsonl")})
@@ -407,23 +416,24 @@ class Cell:
 
     def load(self, last):
         """The reverse of save(). Log lines written after the checkpoint are cut off: they will be written again."""
-        state, tensors = json.loads((last / "training.json").read_text()), load_file(last / "training.safetensors")
+        state = json.loads((last / "training.json").read_text())
         self.done, self.best, self.seconds = state["done"], state["best"], state["seconds"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         os.truncate(self.folder / "log.jsonl", state["log"])
-        moments = {role: {} for role in self.models}
-        for (role, i, key), value in ((key.split("/"), value) for key, value in tensors.items() if key.count("/") == 2):
-            moments[role].setdefault(int(i), {})[key] = value
-        for role, optimizer in self.optimizers.items():
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments[role]})
         if self.aligner:
-            self.aligner.load_state_dict({k[8:]: v for k, v in tensors.items() if k.count("/") == 1})
+            self.aligner.load_state_dict(load_file(last / "aligner.safetensors"))
+        for role, optimizer in self.optimizers.items():
+            moments = {}
+            for name, value in load_file(last / f"{role}_optimizer.safetensors").items():
+                i, key = name.split()
+                moments.setdefault(int(i), {})[key] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
     def evaluate(self, split="dev"):
         """(metrics, predictions) of the student on a split; metrics are None where the labels are unknown."""
         size = 2 * self.config.micro_batch  # no activations are kept for a backward pass
-        answers = evaluation.predict(self.student, self.data.rows[split], size, self.autocast)
+        answers = self.student.answers(self.data.rows[split], size, self.autocast)
         return evaluation.score(self.data.task, self.data.splits[split], answers), answers
 
     def evaluate_aligner(self):
@@ -432,7 +442,7 @@ class Cell:
             return None
         with torch.inference_mode():
             logits = self.aligner.eval()(self.data.vectors["dev"].to(self.device)).logits
-        return evaluation.score(self.data.task, self.data.splits["dev"], predictions(logits).cpu())
+        return evaluation.score(self.data.task, self.data.splits["dev"], predictions(logits).tolist())
 
     def log(self, line):
         with open(self.folder / "log.jsonl", "a") as file:
@@ -441,9 +451,12 @@ class Cell:
 
 def run(cell):
     """Train one cell from where it stands to the end. This is the method, top to bottom."""
-    config, data, device, aligner, scaler = cell.config, cell.data, cell.device, cell.aligner, cell.scaler
+    config, data, device, aligner = cell.config, cell.data, cell.device, cell.aligner
     steps = math.ceil(len(data.labels) / config.batch_size)  # an epoch's, for each role
     source, began, waiting = data.pairing(config, cell.seed), time.perf_counter() - cell.seconds, []
+    unscaled = torch.amp.GradScaler(device.type, enabled=False)  # the aligner is float32
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     bar = tqdm(total=steps * config.epochs * len(cell.models), initial=cell.done, leave=False, disable=None,
                desc=f"{config.arms[0]} seed {cell.seed}")
     with interruptible() as pressed, bar:
@@ -452,6 +465,7 @@ def run(cell):
             if count <= cell.done:
                 continue  # resumed: walk past what is done. Each step seeds itself, so skipping changes nothing.
             model, optimizer, values = cell.models[role].train(), cell.optimizers[role], {}
+            scaler = cell.scaler if role == "student" else unscaled
             lr = cell.rates[role] * lr_factor(epoch * steps + step, config.epochs * steps)
             optimizer.param_groups[0]["lr"] = lr
             for micro in range(0, len(rows), config.micro_batch):
@@ -478,15 +492,14 @@ def run(cell):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            # fp16's scaler finds its scale by overflowing: there an infinite norm is a skipped step and no fault.
-            values["grad_norm"] = norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else norm
             tokens = sum(len(data.rows["train"][i]["input_ids"]) for i in rows)
-            waiting.append((values, {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
+            waiting.append(({**values, "grad_norm": norm}, {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
                                      "tokens": tokens}))
-            cell.done, cell.seconds, end = count, time.perf_counter() - began, step + 1 == steps
+            cell.done, cell.seconds = count, time.perf_counter() - began
+            end, stop = step + 1 == steps, bool(pressed)
             bar.update()
-            if end or pressed or (step + 1) % 50 == 0:
-                line = read_log(waiting, time.perf_counter() - read_at)
+            if end or stop or (step + 1) % 50 == 0:
+                line = read_log(waiting, time.perf_counter() - read_at, scaler)
                 cell.log(line)
                 bar.set_postfix({name: f"{line[name]:.3g}" for name in (*values, "tokens_per_second")})
                 waiting, read_at = [], time.perf_counter()
@@ -498,9 +511,10 @@ def run(cell):
                 if cell.best is None or scores[headline] > cell.best["dev"][headline]:
                     cell.best = {"epoch": epoch + 1, "dev": scores}
                     replace_folder(cell.folder / "best", cell.student.save)
-            if due or pressed:
+            if due or stop:
                 cell.save()
-            if pressed:
+                read_at = time.perf_counter()  # evaluation and files are not the next steps' time
+            if stop:
                 raise KeyboardInterrupt
     return finish(cell)
 
@@ -513,7 +527,7 @@ def finish(cell):
     # On the CPU the process's high-water mark; Linux counts it in KiB, macOS in bytes.
     peak = (torch.cuda.max_memory_allocated(cell.device) if cell.device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    metrics = {"task": data.task.name, "student": config.student, "teacher": data.teacher.name, "arm": config.arms[0],
+    metrics = {"task": data.task.name, "student": config.student, "teacher": data.teacher, "arm": config.arms[0],
                "seed": cell.seed, "best": cell.best, "aligner": cell.evaluate_aligner(),
                "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
                "parameters": sum(p.numel() for p in cell.student.parameters()), "seconds": round(cell.seconds, 1),
@@ -522,6 +536,8 @@ def finish(cell):
         metrics[split], answers = cell.evaluate(split)
         evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
     write_json(cell.folder / "metrics.json", metrics)
+    for path in [*(cell.folder / "last").glob("*optimizer.safetensors"), cell.folder / "last" / "training.json"]:
+        path.unlink()  # twice the student's size, and never needed again
 
 
 # ---- the grid and the command line -----------------------------------------------------------------------------
@@ -537,37 +553,32 @@ def train(config):
     Raises UserError for whatever the caller can mend, before a model is loaded wherever that is possible.
     """
     if config.resume and not config.out:
-        typed = {name: value for name, value in vars(config).items() if value != getattr(Config, name)}
-        config = resume_config(config.resume, typed)
+        config = resume_config(config.resume, {})
     config = resolve(config)
-    config.out = config.out or free_folder(config.task)
-    out = Path(config.out)
-    if (out / "config.json").exists() and not config.resume:
+    out = Path(config.out or free_folder(config.task))
+    config = dataclasses.replace(config, out=str(out))
+    if not config.resume and any(out.glob("*/*/log.jsonl")):
         raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give another --out")
-    if config.student != "tiny":
-        check_available(config.student)
-    print(f"{config.task}: student {config.student}, teacher {config.teacher}, arms {', '.join(config.arms)}, seeds "
-          f"{', '.join(map(str, config.seeds))}, {precision(config)[-1]}, writing {out}", flush=True)
-    data = Data(config)
-    out.mkdir(parents=True, exist_ok=True)
-    if not config.resume:  # before all that costs, so that --resume can start what never began
-        write_json(out / "config.json", vars(config))
-    data.ask_teacher(config)
-    results = {arm: {} for arm in config.arms}
-    for seed in config.seeds:
-        for arm in config.arms:
-            folder = out / arm / str(seed)
-            if not (folder / "metrics.json").exists():
-                one = dataclasses.replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / "config.json", vars(one))
-                cell = Cell(one, data, folder)
-                data.encode(cell.student, one)
-                run(cell)
-            results[arm][seed] = metrics = json.loads((folder / "metrics.json").read_text())
-            name = data.task.metrics[0]
-            print(f"seed {seed} {arm}: dev {name} {100 * metrics['dev'][name]:.1f} ({metrics['seconds']}s)", flush=True)
-    return results
+    todo = [(seed, arm) for seed in config.seeds for arm in config.arms
+            if not (out / arm / str(seed) / "metrics.json").exists()]
+    if todo:
+        if config.student != "tiny":
+            check_available(config.student)
+        print(f"{config.task}: student {config.student}, teacher {config.teacher}, arms {', '.join(config.arms)}, seeds "
+              f"{', '.join(map(str, config.seeds))}, {precision(config)[-1]}, writing {out}", flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+        if not config.resume:  # first, so that --resume can start what never began
+            write_json(out / "config.json", vars(config))
+        data = Data(config)
+    for seed, arm in todo:
+        cell, folder = dataclasses.replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm]), out / arm / str(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", vars(cell))
+        run(Cell(cell, data, folder))
+        metrics, name = json.loads((folder / "metrics.json").read_text()), data.task.metrics[0]
+        print(f"seed {seed} {arm}: dev {name} {100 * metrics['dev'][name]:.1f} ({metrics['seconds']} s)", flush=True)
+    return {arm: {seed: json.loads((out / arm / str(seed) / "metrics.json").read_text()) for seed in config.seeds}
+            for arm in config.arms}
 
 
 def main(argv=None):
@@ -581,8 +592,8 @@ def main(argv=None):
     except UserError as error:
         fail(error)
     except torch.OutOfMemoryError:
-        fail("out of memory: try a smaller --micro-batch (the result is the same), --grad-checkpoint on, --amp bf16 or "
-             f"a smaller --max-length; what was saved is in {out}")
+        fail("out of memory: try a smaller --micro-batch, --grad-checkpoint on, --amp bf16 or a smaller --max-length; "
+             f"what was saved is in {out}")
     except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
         fail(f"{getattr(error, 'filename', None) or out}: {getattr(error, 'strerror', None) or error}; what was saved is "
              f"whole: mend this and --resume {out}")

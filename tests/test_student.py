@@ -104,12 +104,31 @@ def test_save_and_load_give_the_same_outputs_and_automodel_opens_the_folder(stud
     assert tokenizer(TEXTS[0])["input_ids"] == student.tokenizer(TEXTS[0])["input_ids"]
 
 
+def test_dropout_hits_both_heads_but_not_the_projection(model_folder):
+    """The language model's own dropout is switched off; p_s must be P_s h_s, and o_s, a_s thinned."""
+    student, batch = build_student(model_folder("bert"), 3, 12, dropout=0.5).train(), None
+    student.lm.eval()
+    batch = batch_of(student, TEXTS)
+    a, b = student(**batch), student(**batch)
+    assert (a.proj == b.proj).all() and (a.logits != b.logits).any() and (a.aux_logits != b.aux_logits).any()
+
+
+def test_answers_come_without_dropout_in_order_and_leave_the_mode_alone(student):
+    rows = [dict(student.tokenizer(text)) for text in TEXTS]
+    expected = student.eval()(**batch_of(student, TEXTS)).logits.argmax(-1).tolist()
+    student.train()
+    student.drop.p = 0.9
+    assert student.answers(rows, batch_size=3) == expected and student.training
+
+
 def test_predict_names_the_label_of_each_text_in_order_whatever_the_batch_size(student):
     student.settings["labels"] = ["no", "maybe", "yes"]
     logits = student(**batch_of(student, TEXTS)).logits
     named = [["no", "maybe", "yes"][i] for i in logits.argmax(-1)]
-    assert student.predict(TEXTS) == student.predict(TEXTS, batch_size=1) == named
-    assert student.predict([(text, TEXTS[0]) for text in TEXTS], batch_size=3)[0] in named + ["no", "maybe", "yes"]
+    assert student.predict(TEXTS) == named and [student.predict([text])[0] for text in TEXTS] == named
+    assert len(student.predict([(text, TEXTS[0]) for text in TEXTS])) == 4
+    with pytest.raises(UserError, match=r"predict\(\[text\]\)"):
+        student.predict(TEXTS[0])  # would be answered letter by letter
 
 
 def test_predict_of_a_regression_gives_scores_from_0_to_5_and_leaves_the_mode_alone(model_folder):
@@ -151,6 +170,33 @@ def test_tiny_makes_its_vocabulary_from_texts_and_reads_pairs():
 def test_tiny_without_texts_is_an_error():
     with pytest.raises(UserError, match="texts="):
         build_student("tiny", 2, 8)
+
+
+def test_bert_6l_is_the_first_six_layers(monkeypatch, tmp_path, model_folder):
+    config = transformers.AutoConfig.from_pretrained(model_folder("bert"), num_hidden_layers=8)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    student_module._tiny(TEXTS)[1].save_pretrained(tmp_path)
+    monkeypatch.setitem(student_module.SHORT_NAMES, "bert-6l", str(tmp_path))
+    monkeypatch.setattr(student_module.hub, "get_hf_file_metadata", lambda *a, **k: None)
+    monkeypatch.setattr(student_module.hub, "hf_hub_url", lambda *a: "")
+    student_module.check_available.cache_clear()
+    assert len(build_student("bert-6l", 2, 8).lm.encoder.layer) == 6
+    student_module.check_available.cache_clear()
+
+
+def test_a_folder_without_tokenizer_files_is_refused(model_folder, tmp_path):
+    """transformers would invent an empty vocabulary and read every text as the same unknown word."""
+    transformers.AutoModel.from_pretrained(model_folder("bert")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="tokenizer"):
+        build_student(str(tmp_path), 2, 8)
+
+
+def test_a_damaged_checkpoint_is_one_line(student, tmp_path):
+    student.save(tmp_path)
+    heads = tmp_path / "heads.safetensors"
+    heads.write_bytes(heads.read_bytes()[:-100])
+    with pytest.raises(UserError, match="is damaged"):
+        load_student(tmp_path)
 
 
 # ---- names that cannot be had ------------------------------------------------------------------------------------

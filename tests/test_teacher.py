@@ -79,7 +79,7 @@ def test_row_i_belongs_to_example_i_and_limit_keeps_the_first(folder):
 @pytest.mark.parametrize("split, array, says", [
     ("dev", np.zeros((4, 5)), r"dev.npy has shape \(4, 5\), expected \(3, 5\)"), ("dev", np.zeros((3, 4)), r"expected \(3, 5\)"),
     ("dev", np.zeros((3, 5), int), "expected floats"), ("dev", np.zeros(3), "expected floats"),
-    ("dev", np.array([[1.0] * 5, [1.0] * 5, [np.nan] * 5]), "no finite vector for example 2 of dev: 'c'"),
+    ("dev", np.array([[1.0] * 5, [1.0] * 5, [np.nan] * 5]), "no finite vector for a text of dev: 'c'"),
     ("dev", np.array([[object()] * 5] * 3), "not a readable array")])
 def test_vectors_that_do_not_fit_the_examples_are_refused(folder, split, array, says):
     """In the published scripts a missing vector becomes zeros and trains on."""
@@ -116,9 +116,10 @@ def test_clip_gives_the_text_features_of_the_whole_model_whatever_the_neighbours
         np.testing.assert_allclose(vector, features.numpy(), atol=1e-5)
 
 
-def test_clip_says_how_many_texts_it_had_to_cut(clip_folder, capsys):
-    build_teacher(f"clip:{clip_folder}").encode(["a mouse", "a mouse " * 9, "a piano " * 20])
-    assert "reads 12 tokens: 2 of 3 texts were cut" in capsys.readouterr().err
+def test_clip_says_how_many_texts_it_had_to_cut(clip_folder, capsys, tmp_path):
+    texts = ["a mouse", "a mouse " * 9, "a piano " * 20]
+    teacher_vectors(build_teacher(f"clip:{clip_folder}"), "train", texts, tmp_path)
+    assert "2 of 3 train texts are too long for it and were cut" in capsys.readouterr().err
 
 
 # ---- the cache -----------------------------------------------------------------------------------------------------
@@ -165,5 +166,7 @@ def test_a_damaged_entry_is_made_again_and_never_used(tmp_path):
 def test_a_vector_that_is_not_finite_is_an_error_that_names_the_example(tmp_path):
     teacher = Counting()
     teacher.encode = lambda texts: np.array([[np.inf if text == "bad" else 1.0] * 3 for text in texts], np.float32)
-    with pytest.raises(UserError, match="no finite vector for example 1 of train: 'bad'"):
+    with pytest.raises(UserError, match="no finite vector for a text of train: 'bad'"):
         teacher_vectors(teacher, "train", ["good", "bad"], tmp_path)
+    recovered = Counting()  # and it was not kept: the next try asks again
+    assert np.isfinite(teacher_vectors(recovered, "train", ["good", "bad"], tmp_path)).all() and recovered.asked == ["good", "bad"]

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 import eval as evaluation
 import losses
 import train as training
-from data import TASKS, UserError, load_task
+from align import Householder
+from data import TASKS, UserError, collate, load_task
 from student import load_student
+from teacher import build_teacher
 from train import ARMS, Cell, Config, Data, lr_factor, main, resolve, run, seed_of, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,17 +30,12 @@ def cell_of(folder, arm="armada", seed=0, **flags):
     """A cell as train() makes it, not yet run."""
     config = resolve(Config(**{**QUICK, "arms": (arm,), "seeds": (seed,), **flags}))
     config = dataclasses.replace(config, **ARMS[arm])
-    data = Data(config)
-    data.ask_teacher(config)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    cell = Cell(config, data, Path(folder))
-    data.encode(cell.student, config)
-    return cell
+    return Cell(config, Data(config), Path(folder))
 
 
 def weights(folder):
-    return {name: tensor for file in ("model", "heads", "training") if (Path(folder) / f"{file}.safetensors").exists()
-            for name, tensor in load_file(Path(folder) / f"{file}.safetensors").items()}
+    return {f"{file.stem}.{name}": tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def assert_identical(a, b):
@@ -114,10 +111,12 @@ def test_shuffling_gives_every_text_another_texts_vector_and_each_vector_once(tm
 
 def test_teacher_vectors_are_divided_by_the_training_root_mean_square_and_not_centred(tmp_path):
     data = cell_of(tmp_path).data
-    raw = data.teacher.encode([TASKS["objects"].prompt(e) for e in data.splits["train"]])
-    scale = np.sqrt((raw.astype(float) ** 2).mean())
-    np.testing.assert_allclose(data.vectors["train"].numpy(), raw / scale, rtol=1e-5)
-    assert len(data.vectors["dev"]) == 500
+    scale = None
+    for split in ("train", "dev"):  # dev vectors by the TRAINING root mean square
+        raw = build_teacher("painter").encode([TASKS["objects"].prompt(e) for e in data.splits[split]])
+        scale = scale or np.sqrt((raw.astype(float) ** 2).mean())
+        np.testing.assert_allclose(data.vectors[split].numpy(), raw / scale, rtol=1e-5)
+    assert [len(data.vectors[split]) for split in ("train", "dev")] == [40, 500]
 
 
 # ---- the step ------------------------------------------------------------------------------------------------------
@@ -133,6 +132,96 @@ def test_micro_batches_give_the_update_of_the_whole_batch(tmp_path, monkeypatch)
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], atol=2e-4, rtol=1e-3)
         torch.testing.assert_close(results[0][name], results[2][name], atol=2e-4, rtol=1e-3)
+
+
+def test_three_steps_of_each_role_are_adamw_with_clipped_gradients_and_the_scheduled_rate(tmp_path, monkeypatch):
+    """Against a loop written out by hand: clip at 1, the role's own rate times lr_factor, weight decay .01."""
+    original = torch.nn.Module.train
+    monkeypatch.setattr(torch.nn.Module, "train", lambda self, mode=True: original(self, False))  # no dropout
+    cell, twin = cell_of(tmp_path / "a", epochs=1, batch_size=8), cell_of(tmp_path / "b", epochs=1, batch_size=8)
+    run(cell)
+    rates = {"aligner": 1e-3, "student": 4e-3}
+    optimizers = {role: torch.optim.AdamW(twin.models[role].parameters(), weight_decay=0.01) for role in rates}
+    for _, role, step, rows in twin.schedule():
+        model, y, e = twin.models[role].eval(), twin.data.labels[rows], twin.data.vectors["train"][rows]
+        if role == "aligner":
+            loss = losses.aligner_loss(model(e), y, 1.0)
+        else:
+            x = collate([twin.data.rows["train"][i] for i in rows], model.tokenizer.pad_token_id)
+            loss, _ = losses.student_loss(model(**x), twin.aligner(e), y, alpha=0.5, beta=20.0, gamma=1.0, temperature=5.0, kind="manifold")
+        optimizers[role].zero_grad()
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        for p in model.parameters():
+            p.grad *= min(1.0, 1.0 / norm.item())
+        optimizers[role].param_groups[0]["lr"] = rates[role] * lr_factor(step, 5)
+        optimizers[role].step()
+    for role in rates:
+        for a, b in zip(cell.models[role].parameters(), twin.models[role].parameters()):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_the_rate_runs_on_over_the_epochs(tmp_path):
+    run(cell_of(tmp_path))
+    for role, peak in (("aligner", 1e-3), ("student", 4e-3)):
+        assert [row["lr"] for row in lines(tmp_path) if row.get("role") == role] == pytest.approx(
+            [peak * lr_factor(2, 6), peak * lr_factor(5, 6)])
+
+
+def test_every_flag_of_the_losses_reaches_them(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "student_loss", lambda *a, **kw: seen.append(kw) or losses.student_loss(*a, **kw))
+    monkeypatch.setattr(training, "aligner_loss", lambda out, y, gamma: seen.append(gamma) or losses.aligner_loss(out, y, gamma))
+    cell = cell_of(tmp_path, epochs=1, alpha=0.3, beta=7.0, gamma=0.2, temperature=3.0, loss="cosine", proj_dim=50,
+                   orthogonal_student=True, grad_checkpoint="on")
+    run(cell)
+    assert seen[0] == 0.2 and seen[-1] == dict(alpha=0.3, beta=7.0, gamma=0.2, temperature=3.0, kind="cosine")
+    assert cell.student.lm.is_activation_checkpointing or cell.student.lm.is_gradient_checkpointing
+    assert isinstance(cell.student.heads["projection"], Householder) and cell.aligner.projection.out_dim == 50
+
+
+@pytest.mark.parametrize("arm", ["armada", "shuffled"])
+def test_the_aligner_sees_the_vector_that_the_pairing_names(tmp_path, monkeypatch, arm):
+    """In the shuffled arm both roles learn from the wrong pictures: else the control would control nothing."""
+    cell, seen = cell_of(tmp_path, arm, epochs=1), []
+    cell.aligner.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    run(cell)
+    source = cell.data.pairing(cell.config, 0)
+    for (_, _, _, rows), e in zip(cell.schedule(), seen):
+        assert torch.equal(e, cell.data.vectors["train"][source[rows]])
+        assert torch.equal(e, cell.data.vectors["train"][rows]) == (arm == "armada")
+
+
+def test_no_two_steps_of_a_run_draw_the_same_dropout_and_no_two_epochs_the_same_order(tmp_path, monkeypatch):
+    drawn, original = [], torch.manual_seed
+    cell = cell_of(tmp_path, micro_batch=8)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: drawn.append(seed) or original(seed))
+    run(cell)
+    assert len(drawn) == len(set(drawn)) == 2 * 2 * 5  # epochs, roles, micro-batches of 16 + 16 + 8
+    first, second = ([rows for e, role, _, rows in cell.schedule() if e == epoch and role == "student"] for epoch in (0, 1))
+    assert first != second
+
+
+def test_the_best_folder_holds_the_epoch_with_the_highest_dev_score(tmp_path, monkeypatch):
+    scores = iter([0.5, 0.7, 0.6, 0.0, 0.0])
+    monkeypatch.setattr(evaluation, "score", lambda *args: {"accuracy": next(scores, 0.0)})
+    cell = cell_of(tmp_path, "undistilled", epochs=3)
+    run(cell)
+    assert cell.best == {"epoch": 2, "dev": {"accuracy": 0.7}}
+    assert any(not torch.equal(a, b) for a, b in zip(weights(tmp_path / "best").values(), weights(tmp_path / "last").values()))
+
+
+def test_fp16_forgives_a_skipped_step_but_not_a_scale_that_vanishes():
+    class Scaler:
+        is_enabled, get_scale = (lambda self: True), (lambda self: self.scale)
+
+    scaler, facts = Scaler(), {"role": "student", "step": 1, "epoch": 1, "tokens": 10}
+    waiting = [({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(n)}, facts) for n in (float("inf"), 3.0)]
+    scaler.scale = 2.0**15
+    assert training.read_log(waiting, 1.0, scaler)["grad_norm"] == 3.0
+    scaler.scale = 2.0**-3
+    with pytest.raises(UserError, match="overflow at every loss scale"):
+        training.read_log(waiting, 1.0, scaler)
 
 
 def test_the_student_step_leaves_the_aligner_alone_and_the_aligner_step_the_student(tmp_path, monkeypatch):
@@ -164,7 +253,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_term_and_the_first_b
 
     monkeypatch.setattr(training, "student_loss", spoiled)
     cell = cell_of(tmp_path)
-    with pytest.raises(UserError, match=rf"the student's {term} became nan at step 5 \(epoch 2\)"):
+    with pytest.raises(UserError, match=rf"the student's {term} is not finite at step 5 \(epoch 2\)"):
         run(cell)
     assert json.loads((tmp_path / "last" / "training.json").read_text())["done"] == 6  # the first epoch's checkpoint stands
 
@@ -173,7 +262,6 @@ def test_a_regression_starts_all_four_heads_at_the_mean_label(official, tmp_path
     """A relu that starts below zero has no gradient and stays there."""
     config = resolve(Config(task="stsb", data_dir=official, student="tiny", teacher="painter", epochs=1, arms="armada", out=str(tmp_path / "x")))
     data = Data(config)
-    data.ask_teacher(config)
     cell = Cell(config, data, tmp_path)
     mean = np.mean([e.label for e in data.splits["train"]])
     heads = [cell.aligner.classifier, cell.aligner.aux_classifier, cell.student.heads["classifier"], cell.student.heads["aux_classifier"]]
@@ -311,14 +399,32 @@ def test_help_and_errors_of_flags_come_before_torch_is_imported(tmp_path):
     ("--teacher painter:7", "dose RHO from 0"), ("--amp fp32", "known: auto, off, bf16, fp16"),
     ("--student /nowhere/model", "no folder here"), ("--task rte --student tiny --data-dir /nowhere", "RTE/train.tsv is missing"),
     ("--max-length 600 --epochs 1", "tiny reads at most 512 tokens"), ("--task copa --student tiny --teacher painter --max-length 9", "is too small for"),
-    ("--proj-dim 2000", "--proj-dim 2000 is more than the 1024 of painter"), ("--resume /nowhere", "no run there"),
+    ("--proj-dim 2000", "--proj-dim 2000 is more than the 1024 of painter"), ("--resume /nowhere", "no run there"), ("--task rte --student opt --max-length 90", "reads at most 80 tokens"),
     ("--task rte --teacher vectors:/nowhere --student tiny", "has no train.npy")])
-def test_bad_input_gets_one_line_and_exit_status_2(flags, says, tmp_path, official, capsys):
-    flags = flags.split() + ([] if "--resume" in flags else ["--out", str(tmp_path / "run")])
+def test_bad_input_gets_one_line_and_exit_status_2(flags, says, tmp_path, official, model_folder, capsys):
+    flags = flags.replace("--student opt", f"--student {model_folder('opt')} --teacher painter").split() + ([] if "--resume" in flags else ["--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stop:
         main(flags if "--data-dir" in flags else [*flags, "--data-dir", official])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["{", '{"tasks": "rte"}'])
+def test_a_config_that_cannot_be_read_is_one_line(content, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["--resume", str(tmp_path)])
+    assert stop.value.code == 2 and "not one of this version" in capsys.readouterr().err
+
+
+def test_a_run_that_never_began_leaves_the_folder_free_and_can_be_resumed(tmp_path):
+    out = str(tmp_path / "run")
+    with pytest.raises(UserError, match="reads at most"):
+        train(Config(**QUICK, max_length=600, arms="undistilled", seeds="0", out=out))
+    train(Config(**QUICK, arms="undistilled", seeds="0", out=out))
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/config.json").write_text((tmp_path / "run/config.json").read_text())  # killed right after
+    assert list(train(Config(resume=str(tmp_path / "begun")))) == ["undistilled"]
 
 
 def test_an_output_folder_that_holds_a_run_is_not_touched_and_a_resumed_run_keeps_its_flags(tmp_path, capsys):
@@ -338,8 +444,8 @@ def test_an_output_folder_that_holds_a_run_is_not_touched_and_a_resumed_run_keep
 def test_from_official_files_to_predictions_and_back_through_eval(official, tmp_path, capsys):
     """The whole command line on small RTE files: train, table, eval.py from the saved folder, AutoModel, one's own texts."""
     out = str(tmp_path / "run")
-    main(["--task=RTE", "--data-dir", official, "--student=tiny", "--teacher=painter", "--arms=undistilled,armada,shuffled",
-          "--seeds=0,1", "--epochs=1", "--batch-size=8", "--out", out])
+    main(["--task=RTE", "--data-dir", official, "--student=tiny", "--teacher=painter", "--arms", ",".join(ARMS), "--seeds=0,1",
+          "--epochs=1", "--batch-size=8", "--out", out])
     trained = capsys.readouterr().out
     assert "mean ± standard deviation over seeds" in trained
     for arm in ARMS:
@@ -366,7 +472,7 @@ def test_the_documented_command_trains_a_folder_in_place_of_the_short_name(famil
     main(["--task=rte", "--data-dir", official, "--student", folder, "--teacher=painter", "--epochs=1", "--max-length=64",
           "--grad-checkpoint=on", "--orthogonal-student", "--out", str(tmp_path / "run")])
     saved = weights(tmp_path / "run/armada/0/last")
-    assert {value.dtype for name, value in saved.items() if "lm" not in name} == {torch.float32}
+    assert {value.dtype for value in saved.values()} == {torch.float32}
     assert load_student(tmp_path / "run/armada/0/last").decoder == (family != "deberta-v2")
 
 
