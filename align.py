@@ -1,13 +1,13 @@
 """The TS Aligner: a small network that learns the task from the teacher's vector alone, and its projection.
 
-Shapes: B batch, d_e teacher vector (1024 = a 4x16x16 Stable Diffusion latent), d_h hidden, C labels, d shared space.
+Shapes: B batch, d_e teacher (1024 = a 4x16x16 Stable Diffusion latent), d_h hidden, C labels, d shared space.
     h_t = drop(relu(W2 drop(relu(W1 e))))     (B, d_h)
     o_t = C_t h_t                             (B, C)    main logits
     p_t = P_t e,   P_t P_t^T = I              (B, d)    orthogonal projection into the shared space
     a_t = C'_t drop(p_t)                      (B, C)    auxiliary logits
 
     aligner = TSAligner(latent_dim=1024, num_labels=2)
-    aligner_loss(aligner(e), y, gamma=1.0).backward()      # then optimizer.step(), and no method to call after it
+    aligner_loss(aligner(e), y, gamma=1.0).backward()  # then optimizer.step(), and no method to call after it
 """
 from typing import NamedTuple
 
@@ -25,18 +25,20 @@ class Outputs(NamedTuple):
 
 
 class Householder(nn.Module):
-    """x -> x Q[:, :d], Q a product of k reflections  x <- x - 2 (x.v) v  with v normalised: (B, n) -> (B, d).
+    """x -> x Q[:, :d], Q a product of k reflections  x <- x - 2 (x.v) v,  |v| = 1: (B, in) -> (B, d).
 
-    A reflection is orthogonal whatever v is, so Q is orthogonal BY CONSTRUCTION at every step of any optimizer.
-    The alternatives pay for it: a matrix exponential or a Cayley transform solves an n x n problem a step, and a
-    QR retraction is a second optimizer step that one must not forget. tests/bench.py prints the ratio.
+    A reflection is orthogonal whatever v is, so Q is orthogonal BY CONSTRUCTION at every step of any
+    optimizer. The alternatives pay for it: a matrix exponential or a Cayley transform solves an n x n problem
+    a step, and a QR retraction is a second optimizer step to remember. tests/bench.py prints the ratio.
 
-    Why k = 32 reflections lose nothing here, though a general Q needs n. Without dropout L_A sees P_t only through
-    the product C'_t P_t, and C'_t is free: replacing (C'_t, P_t) by (C'_t R^T, R P_t) for an orthogonal R changes
-    no logit. P_t is a gauge. What matters is which C-dimensional space C'_t reads, and k >= C reflections carry any
-    C-frame to any other, one reflection for each frame vector. tests/test_align.py shows both.
+    Why k = 32 reflections lose nothing here, though a general Q needs n. Without dropout L_A sees P_t only
+    through the product C'_t P_t, and C'_t is free: replacing (C'_t, P_t) by (C'_t R^T, R P_t) for an
+    orthogonal R changes no logit. P_t is a gauge. What matters is which C-dimensional space C'_t reads, and
+    k >= C reflections carry any C-frame to any other, one reflection for each frame vector.
+    tests/test_align.py shows both.
 
-    d > n pads x with zeros first: Q then has orthonormal columns (the student's projection, on request).
+    Q is n x n, n the larger of in and d. Where d > in (a student's projection, on request), x is padded with
+    zeros and the map has orthonormal columns.
     """
 
     def __init__(self, in_dim, out_dim, reflections=32):
@@ -45,7 +47,7 @@ class Householder(nn.Module):
         self.v = nn.Parameter(torch.randn(reflections, max(in_dim, out_dim)))  # (k, n)
 
     def forward(self, x):
-        # DEVIATION: the authors' code parametrises P by a matrix exponential; reflections are as exact and far cheaper.
+        # DEVIATION: the authors' code makes P a matrix exponential; reflections are as exact and far cheaper.
         # k of them one after another are 2k small steps, but their product has a closed ("compact WY") form,
         #   Q = I - V^T S^-1 V   with S = I/2 + the strict upper triangle of V V^T   (V holds the k rows v):
         # two thin matrix products and one k x k triangular solve. The test's oracle is the plain loop.
@@ -64,16 +66,17 @@ class Householder(nn.Module):
 class TSAligner(nn.Module):
     """Teacher vectors (B, d_e) -> Outputs. It costs milliseconds, so it always runs in float32.
 
-    proj_dim d defaults to latent_dim; ValueError where d > d_e: rows of length d_e are orthonormal d_e at most.
+    proj_dim d defaults to latent_dim; ValueError if d > d_e: at most d_e rows of length d_e are orthonormal.
     """
 
     def __init__(self, latent_dim, num_labels, hidden_dim=512, proj_dim=None, dropout=0.1):
         super().__init__()
-        # DEVIATION: paper says 768 (Table 1), the authors' code 1024; we default to d_e, because then p_t keeps every
-        # length and angle of e (an isometry) and nothing of the teacher is cut off.
+        # DEVIATION: paper says 768 (Table 1), the authors' code 1024; we default to d_e, because then p_t
+        # keeps every length and angle of e (an isometry) and nothing of the teacher is cut off.
         proj_dim = latent_dim if proj_dim is None else proj_dim
         if not 1 <= proj_dim <= latent_dim:
-            raise ValueError(f"proj_dim {proj_dim} must be between 1 and latent_dim {latent_dim}: orthonormal rows")
+            raise ValueError(f"proj_dim {proj_dim} must be between 1 and latent_dim {latent_dim}: "
+                             "orthonormal rows")
         self.w1 = nn.Linear(latent_dim, hidden_dim)
         self.w2 = nn.Linear(hidden_dim, hidden_dim)
         self.classifier = nn.Linear(hidden_dim, num_labels)    # C_t

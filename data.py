@@ -1,7 +1,7 @@
 """Tasks: a registry, readers of the official files, and batches.
 
-A task is ONE entry of TASKS: name, text templates whose {fields} are columns of its files, labels, metrics. Every
-field reaches the student and the teacher, word for word; the label reaches neither.
+A task is ONE entry of TASKS: name, text templates whose {fields} are columns of its files, labels, metrics.
+Every field reaches the student and the teacher, word for word; the label reaches neither.
 
     splits = load_task("rte", "data")             # {"train": [Example, ...], "dev": [...], "test": [...]}
     TASKS["rte"].pair(splits["train"][0])         # (text_a, text_b): what an encoder reads
@@ -79,8 +79,8 @@ class Task:
 TWO, TRUTH, NLI = ("0", "1"), ("false", "true"), ("entailment", "not_entailment")
 NLI3 = ("entailment", "neutral", "contradiction")
 
-# DEVIATION: the authors' code never tokenises text_c ... text_g (COPA's second choice, WiC's word and WSC's spans
-# are lost); here whatever column the task needs stands in the template and reaches student and teacher.
+# DEVIATION: the authors' code never tokenises text_c ... text_g (COPA's second choice, WiC's word and WSC's
+# spans are lost); here whatever column the task needs stands in the template and reaches student and teacher.
 TASKS = {task.name: task for task in (
     Task("cola", "CoLA", "{sentence}", None, TWO, metrics=("mcc",), rows=(8551, 1043),
          header=("source", "label", "mark", "sentence")),
@@ -98,14 +98,15 @@ TASKS = {task.name: task for task in (
     Task("wnli", "WNLI", "{sentence1}", "{sentence2}", TWO, rows=(635, 71)),
     Task("boolq", "BoolQ", "{question}", "{passage}", TRUTH, rows=(9427, 3270)),
     Task("cb", "CB", "{premise}", "{hypothesis}", NLI3, metrics=("accuracy", "f1"), rows=(250, 56)),
-    Task("copa", "COPA", "{premise} What was the {question}?", "1: {choice1} 2: {choice2}", TWO, rows=(400, 100)),
+    Task("copa", "COPA", "{premise} What was the {question}?", "1: {choice1} 2: {choice2}", TWO,
+         rows=(400, 100)),
     Task("wic", "WiC", "{word}: {sentence1}", "{sentence2}", TRUTH, rows=(5428, 638)),
     Task("wsc", "WSC", "{text}", "{span2_text} refers to {span1_text}", TRUTH, rows=(554, 104)),
     Task("objects", "", "{text}", None, ("no", "yes"), defaults={
-        "student": "tiny", "teacher": "painter",  # from scratch: a pretrained student's 2e-5 would move nothing
+        "student": "tiny", "teacher": "painter",  # from scratch: a pretrained one's 2e-5 would move nothing
         "lr": 4e-3, "epochs": 40, "beta": 20.0, "eval_every": 10}),
 )}
-KEEP = ("question", "word", "span1_text", "span2_text")  # never shortened: the rest means nothing without them
+KEEP = ("question", "word", "span1_text", "span2_text")  # never cut: the rest means nothing without them
 
 # Official archives; MRPC has none. Each holds one folder, named as Task.folder.
 SITE = "https://dl.fbaipublicfiles.com/glue/"
@@ -153,8 +154,8 @@ _QUESTIONS = ("is {a} bigger than {b}?", "would {a} be larger than {b}?",
 
 
 def _objects():
-    """120 training pairs, two held-out sets; no pair is shared in either order, none closer than 1.25 in size."""
-    rng = random.Random(4)  # the first seed whose training pairs show every object: a word never read says nothing
+    """120 training pairs, two held-out sets; none shared in either order, sizes at least 1 to 1.25 apart."""
+    rng = random.Random(4)  # first seed whose training pairs show all objects: a word never read says nothing
     size = {name: OBJECTS[name][0] for name in OBJECTS}
     pairs = [(a, b) for a in OBJECTS for b in OBJECTS if size[b] >= 1.25 * size[a]]
     rng.shuffle(pairs)
@@ -175,7 +176,7 @@ FILES = {"jsonl": {"train": "train.jsonl", "dev": "val.jsonl", "test": "test.jso
 
 
 def load_task(name, data_dir=None, cache_dir=CACHE):
-    """{"train": [Example], "dev": [...], "test": [...]} of a task, from its official files in data_dir/FOLDER.
+    """{"train": [Example], "dev": [...], "test": [...]} of a task from its official files in data_dir/FOLDER.
 
     Without data_dir the official archive is fetched into cache_dir. Test (and dev_mismatched) may be missing;
     objects needs no files. Raises UserError naming file and line.
@@ -193,10 +194,11 @@ def load_task(name, data_dir=None, cache_dir=CACHE):
             if not splits[split]:
                 raise UserError(f"{folder / file} has no rows: fetch it again")
         elif split in ("train", "dev"):
-            raise UserError(f"{folder / file} is missing: give --data-dir the folder that holds {task.folder}/ with "
-                            "the official files, or leave it out to download them")
+            raise UserError(f"{folder / file} is missing: give --data-dir the folder that holds "
+                            f"{task.folder}/ with the official files, or leave it out to download them")
     if not data_dir and (found := (len(splits["train"]), len(splits["dev"]))) != task.rows:
-        raise UserError(f"{folder} has {found} rows in train and dev, not {task.rows}: delete it to fetch it again")
+        raise UserError(f"{folder} has {found} rows in train and dev, not {task.rows}: "
+                        "delete it to fetch it again")
     return splits
 
 
@@ -204,7 +206,7 @@ def _rows(task, path, split):
     """("file:line", {column: value}) for each row of an official jsonl or tsv file."""
     columns = None if split.startswith("test") else list(task.header) or None  # CoLA's test file has a header
     try:
-        # utf-8-sig drops MRPC's byte-order mark; newline="\n" keeps a stray carriage return from splitting a row.
+        # utf-8-sig drops MRPC's byte-order mark; newline="\n" keeps a stray \r from splitting a row.
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 where, line = f"{path}:{number}", line.rstrip("\r\n")
@@ -215,13 +217,15 @@ def _rows(task, path, split):
                     yield where, row
                 elif columns is None:
                     columns = line.split("\t")
-                else:  # GLUE's tsv is not quoted: a " is part of the text, and a csv reader would swallow lines
+                else:  # GLUE's tsv is not quoted: a " is part of the text; a csv reader would swallow lines
                     values = line.split("\t")
                     if len(values) != len(columns):
-                        raise UserError(f"{where} has {len(values)} columns, not {len(columns)}: {', '.join(columns)}")
+                        raise UserError(f"{where} has {len(values)} columns, not {len(columns)}: "
+                                        f"{', '.join(columns)}")
                     yield where, dict(zip(columns, values))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}): save it as UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}): "
+                        "save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON ({error.msg}): the file may be cut; fetch it again") from None
 
@@ -243,14 +247,14 @@ def _example(task, row, split, number, where):
             label = float(raw) if task.kind == "regress" else task.labels.index(str(raw).lower())
         except (TypeError, ValueError):
             label = -1
-        if not 0 <= label <= 5:
+        if not 0 <= label <= 5:  # a class id is found or -1; a score is out of range or nan
             wanted = f"one of {', '.join(task.labels)}" if task.labels else "a number from 0 to 5"
             raise UserError(f"{where} has the label {raw!r} in column {task.label_column}: expected {wanted}")
     return Example(fields, label, row["idx"] if isinstance(row.get("idx"), int) else number, where)
 
 
 def _mark_spans(row, where):
-    """WSC: [ ] around the noun and * * around the pronoun, in place. Indices count words between white space."""
+    """WSC: [ ] around the noun, * * around the pronoun, in place. Indices count words between white space."""
     try:
         text, target, marks = row["text"], row["target"], []
         words = list(re.finditer(r"\S+", text))
@@ -258,7 +262,8 @@ def _mark_spans(row, where):
             first, count = target[span + "_index"], len(target[span + "_text"].split())
             marks += [(words[first].start(), left), (words[first + count - 1].end(), right)]
     except (KeyError, TypeError, IndexError, AttributeError):
-        raise UserError(f"{where} has no text with two spans: expected text, target.span1_index ...") from None
+        raise UserError(f"{where} has no text with two spans: "
+                        "expected text, target.span1_index ...") from None
     for position, mark in sorted(marks, reverse=True):  # from the end, so that earlier positions stay true
         text = text[:position] + mark + text[position:]
     return {"text": text, "span1_text": target["span1_text"], "span2_text": target["span2_text"]}
@@ -270,25 +275,25 @@ def download(task, cache_dir):
     if (data_dir / task.folder).is_dir():
         return data_dir
     if not url:
-        raise UserError(f"task {task.name} has no single official archive: put its files into FOLDER/{task.folder} "
-                        "and give --data-dir FOLDER")
+        raise UserError(f"task {task.name} has no single official archive: put its files into "
+                        f"FOLDER/{task.folder} and give --data-dir FOLDER")
     print(f"downloading {url} into {data_dir}", flush=True)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir) as scratch:  # beside its goal, so that the rename is atomic
+        with tempfile.TemporaryDirectory(dir=data_dir) as scratch:  # beside its goal: the rename is atomic
             with urllib.request.urlopen(url, timeout=10) as answer, open(f"{scratch}/zip", "wb") as file:
                 shutil.copyfileobj(answer, file)
             zipfile.ZipFile(f"{scratch}/zip").extractall(scratch)  # keeps members that climb with ../ inside
             os.rename(f"{scratch}/{task.folder}", data_dir / task.folder)
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"could not fetch {url} ({getattr(error, 'reason', error)}): unpack it into FOLDER where "
-                        "there is a network and give --data-dir FOLDER") from None
+        raise UserError(f"could not fetch {url} ({getattr(error, 'reason', error)}): unpack it into "
+                        "FOLDER where there is a network and give --data-dir FOLDER") from None
     return data_dir
 
 
 # ---- from examples to batches ------------------------------------------------------------------------------
 def encode(task, examples, tokenizer, max_length, decoder):
-    """Tokenise once, before training: ([{"input_ids": [...], ...} for each example], how many were shortened).
+    """Tokenise once, before training: ([{"input_ids": [...], ...} per example], how many were shortened).
 
     A text over max_length tokens has its longest FIELD shortened before the template is filled. Cutting the
     filled text instead would drop the hypothesis behind a long premise, or the question.
@@ -303,7 +308,8 @@ def encode(task, examples, tokenizer, max_length, decoder):
         for i, example in enumerate(chunk):
             row = {key: encoded[key][i] for key in wanted if key in encoded}
             if len(row["input_ids"]) > max_length:
-                short = tokenizer(*task.text(_shorten(task, example, tokenizer, max_length, decoder), decoder))
+                short = tokenizer(*task.text(_shorten(task, example, tokenizer, max_length, decoder),
+                                             decoder))
                 row, shortened = {key: short[key] for key in row}, shortened + 1
             rows.append(row)
     return rows, shortened
@@ -314,15 +320,15 @@ def _shorten(task, example, tokenizer, max_length, decoder):
     fields = dict(example.fields)
     short = replace(example, fields=fields)
     while (over := len(tokenizer(*task.text(short, decoder), verbose=False)["input_ids"]) - max_length) > 0:
-        # Where each token STARTS: several may share one character (an emoji's bytes), and cutting before the first
-        # of them always removes something, while cutting at an end may not.
+        # Where each token STARTS: several may share one character (an emoji's bytes), and cutting before the
+        # first of them always removes something, while cutting at an end may not.
         starts = {name: [start for start, _ in tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]]
             for name, text in fields.items() if name not in KEEP}
         second, longest = sorted([0, *map(len, starts.values())])[-2:]
         if longest == 0:
-            raise UserError(f"--max-length {max_length} is too small for {example.where}: with nothing left to "
-                            f"shorten it takes {max_length + over} tokens")
+            raise UserError(f"--max-length {max_length} is too small for {example.where}: with nothing left "
+                            f"to shorten it takes {max_length + over} tokens")
         # Down to the second longest, or, where the two are about equal, half of the excess from this one.
         keep = max(0, longest - over, min(second, longest - (over + 1) // 2))
         name = next(name for name in starts if len(starts[name]) == longest)
@@ -331,7 +337,7 @@ def _shorten(task, example, tokenizer, max_length, decoder):
 
 
 def length_grouped_batches(lengths, batch_size, seed):
-    """[[row, ...], ...]: every row once, similar lengths together, the short last batch kept, in random order.
+    """[[row, ...], ...]: every row once, similar lengths together, a short last batch kept, in random order.
 
     Shuffle, sort within pools of 16 batches, shuffle the batches: little padding, and no two epochs alike.
     """
@@ -345,7 +351,7 @@ def length_grouped_batches(lengths, batch_size, seed):
 
 
 def collate(rows, pad_id):
-    """Encoded rows -> {"input_ids", "attention_mask"[, "token_type_ids"]}, int64 (B, L), L the longest row HERE."""
+    """Rows -> {"input_ids", "attention_mask"[, "token_type_ids"]}, int64 (B, L), L the longest row HERE."""
     import torch
 
     width = max(len(row["input_ids"]) for row in rows)

@@ -1,11 +1,11 @@
 """Metrics, evaluation of saved runs, and the table.
 
-    compute_metrics("mrpc", predictions, labels)     # {"accuracy": ..., "f1": ...}, fractions of 1
-    python eval.py runs/rte                          # score every saved student again, print the table and write
-                                                     # predictions_*.{tsv,jsonl} in the official submission form
+    compute_metrics("mrpc", predictions, labels)  # {"accuracy": ..., "f1": ...}, fractions of 1
+    python eval.py runs/rte                       # score every saved student again, print the table and write
+                                                  # predictions_*.{tsv,jsonl} in the official submission form
 
-The headline is the LAST epoch's dev score. The best epoch's stands beside it, marked "chosen on dev": the largest of
-many noisy scores is too good, the more so the more often one looks.
+The headline is the LAST epoch's dev score. The best epoch's stands beside it, marked "chosen on dev": the
+largest of many noisy scores is too good, the more so the more often one looks.
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ import numpy as np
 from data import UserError, encode, find_task, load_task
 
 
-# ---- metrics -------------------------------------------------------------------------------------------------
+# ---- metrics -----------------------------------------------------------------------------------------------
 def _f1(predictions, labels, positive):
     """2 TP / (2 TP + FP + FN) of one class; 0 where it is neither predicted nor there."""
     guessed, true = predictions == positive, labels == positive
@@ -41,8 +41,8 @@ def _ranks(values):
 def compute_metrics(task_name, predictions, labels):
     """{metric: float} of a registered task, from N class ids (or scores) each.
 
-    f1: class 1 for mrpc and qqp, the mean over the classes seen for cb. Undefined values are 0. Raises ValueError
-    on lists of unequal length.
+    f1: class 1 for mrpc and qqp, the mean over the classes seen for cb. Undefined values are 0. Raises
+    ValueError on lists of unequal length.
     """
     task, p, y = find_task(task_name), np.asarray(predictions, float), np.asarray(labels, float)
     if p.shape != y.shape or p.ndim != 1 or not len(p):
@@ -54,7 +54,7 @@ def compute_metrics(task_name, predictions, labels):
     return {name: float(formulas[name]()) for name in task.metrics}
 
 
-# ---- a split, and what was answered --------------------------------------------------------------------------
+# ---- a split, and what was answered ------------------------------------------------------------------------
 def score(task, examples, answers):
     """Metrics of a split; None where its labels are unknown (the official test sets)."""
     known = examples[0].label is not None
@@ -62,7 +62,7 @@ def score(task, examples, answers):
 
 
 def write_predictions(folder, split, task, examples, answers):
-    """predictions_SPLIT: index<TAB>prediction as GLUE's server wants it, or {"idx", "label"} lines as SuperGLUE's."""
+    """predictions_SPLIT: index<TAB>prediction for GLUE's server or {"idx", "label"} lines for SuperGLUE's."""
     names = [task.labels[int(answer)] if task.labels else f"{answer:.3f}" for answer in answers]
     if task.name == "wsc":
         names = [name.capitalize() for name in names]  # True, where WiC and BoolQ want true
@@ -75,24 +75,26 @@ def write_predictions(folder, split, task, examples, answers):
     (Path(folder) / f"predictions_{split}.{form}").write_text("\n".join(lines) + "\n")
 
 
-# ---- runs ----------------------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------------------
 def find_cells(runs):
     """The ARM/SEED folders with a saved student at or below the given folders, in order, each once."""
     cells = {}
     for run in map(Path, runs):
         found = [path.parent.parent for path in sorted(run.glob("**/last/student.json"))]
         if not found:
-            raise UserError(f"{run} holds no saved run (ARM/SEED/last/): give a training's --out, or a folder in it")
+            raise UserError(f"{run} holds no saved run (ARM/SEED/last/): "
+                            "give a training's --out, or a folder in it")
         cells |= dict.fromkeys(found)
     return list(cells)
 
 
 def evaluate_cell(cell, data_dir, batch_size, device):
-    """Score a cell's saved students again and write predictions_*; returns the contents of an up-to-date metrics.json."""
+    """Score a cell's saved students again and write predictions_*; returns its metrics anew."""
     from student import load_student
 
     config, path = json.loads((cell / "config.json").read_text()), cell / "metrics.json"
-    metrics = json.loads(path.read_text()) if path.exists() else {"task": config["task"], "arm": config["arms"][0]}
+    metrics = (json.loads(path.read_text()) if path.exists()
+               else {"task": config["task"], "arm": config["arms"][0]})
     task = find_task(config["task"])
     splits = load_task(task.name, data_dir or config["data_dir"], config["cache_dir"])
 
@@ -106,12 +108,13 @@ def evaluate_cell(cell, data_dir, batch_size, device):
         write_predictions(cell, split, task, splits[split], found)
         metrics[split] = score(task, splits[split], found)
     if (cell / "best").exists():  # not in a run that was stopped before its first evaluation
-        metrics["best"] = {**(metrics.get("best") or {}), "dev": score(task, splits["dev"], answers("best", "dev"))}
+        metrics["best"] = {**(metrics.get("best") or {}),
+                           "dev": score(task, splits["dev"], answers("best", "dev"))}
     return metrics
 
 
 def table(cells):
-    """Lines from a list of metrics.json contents: an arm a line, mean and standard deviation over seeds, in percent."""
+    """The text for metrics.json contents: an arm a line, mean and standard deviation over seeds, in %."""
     def spread(values):
         values = [100 * value for value in values if value is not None]
         deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
@@ -134,18 +137,23 @@ def table(cells):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="eval.py", allow_abbrev=False,
-                                     description="Score saved runs again, write predictions and print the table.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder that a training wrote, or a folder inside it.")
-    parser.add_argument("--data-dir", help="Folder of the task files, where they have moved since the training.")
+    parser = argparse.ArgumentParser(
+        prog="eval.py", allow_abbrev=False,
+        description="Score saved runs again, write predictions and print the table.")
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="Folder that a training wrote, or a folder inside it.")
+    parser.add_argument("--data-dir",
+                        help="Folder of the task files, where they have moved since the training.")
     parser.add_argument("--batch-size", type=int, default=64, help="Texts evaluated at once (64 by default).")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="Device to evaluate on (cpu by default).")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),
+                        help="Device to evaluate on (cpu by default).")
     args = parser.parse_args(argv)
     try:
         import torch
 
         if args.batch_size < 1 or (args.device == "cuda" and not torch.cuda.is_available()):
-            raise UserError(f"--batch-size {args.batch_size} --device {args.device}: a batch of 1 or more, a device that is here")
+            raise UserError(f"--batch-size {args.batch_size} --device {args.device}: "
+                            "a batch of 1 or more, a device that is here")
         results = []
         for cell in find_cells(args.runs):
             print(f"scoring {cell}", file=sys.stderr)

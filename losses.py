@@ -1,15 +1,16 @@
-"""Every equation of ARMADA (arXiv 2603.10877), one function each. Tensors in, 0-dim tensors out; nothing else.
+"""All equations of ARMADA (arXiv 2603.10877), one function each. Tensors in, tensors out; nothing else.
 
 Shapes: B batch, C labels, d shared projection space (the paper's "manifold").
     o_t, o_s   main logits of the TS Aligner (t, the teacher's side) and of the student (s)   (B, C)
     a_t, a_s   auxiliary logits, read off the projections                                     (B, C)
     p_t, p_s   projections into the shared space                                              (B, d)
 
-The kind of loss follows the tensors, not a flag: integer labels are classes; float labels with logits of width 1 are a
-regression; float labels of the logits' width are a distribution. Half precision is raised to float32 first, since a
-float16 square overflows beyond 256; float32 and float64 stay as they are.
+The kind of loss follows the tensors, not a flag: integer labels are classes; float labels with logits of
+width 1 are a regression; float labels of the logits' width are a distribution. Half precision is raised to
+float32 first, since a float16 square overflows beyond 256; float32 and float64 stay as they are.
 
-    total, parts = student_loss(student_out, aligner_out, y, alpha=.5, beta=1, gamma=1, temperature=5, kind="manifold")
+    total, parts = student_loss(student_out, aligner_out, y,
+                                alpha=.5, beta=1, gamma=1, temperature=5, kind="manifold")
 """
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ def _full(x):
 
 
 def _mse(a, b):
-    """MSE(a, b) = mean of (a - b)^2 over ALL elements: a sum over d would tie beta to the projection's width."""
+    """MSE(a, b) = mean (a - b)^2 over ALL elements: a sum over d would tie beta to the projection's width."""
     if a.shape != b.shape:  # (B, 1) against (B, C) would broadcast without a word
         raise ValueError(f"the teacher's {tuple(a.shape)} and the student's {tuple(b.shape)} differ")
     return (a - b).square().mean()
@@ -39,19 +40,21 @@ def task_loss(logits, labels):
     if not labels.is_floating_point() and labels.shape == logits.shape[:1] and logits.size(-1) > 1:
         return F.cross_entropy(logits, labels)
     if labels.is_floating_point() and logits.size(-1) == 1 and labels.numel() == logits.numel():
-        # STS-B's scores lie in [0, 5], hence the relu; it is flat below 0, so the bias starts at the mean label.
+        # STS-B's scores lie in [0, 5], hence the relu: flat below 0, so the bias starts at the mean label.
         return _mse(labels.flatten().to(logits.dtype), F.relu(logits.flatten()))
     if labels.is_floating_point() and labels.shape == logits.shape:
         return F.cross_entropy(logits, labels.to(logits.dtype))  # - sum_c y_c log softmax(o)_c, mean over B
-    raise ValueError(f"logits {tuple(logits.shape)} and {labels.dtype} labels {tuple(labels.shape)} do not fit: want "
-                     "integers (B,) for C > 1 classes, floats (B,) for logits (B, 1) or floats (B, C), a distribution")
+    raise ValueError(f"logits {tuple(logits.shape)} and {labels.dtype} labels {tuple(labels.shape)} do not "
+                     "fit: want integers (B,) for C > 1 classes, floats (B,) for logits (B, 1) "
+                     "or floats (B, C), a distribution")
 
 
 def output_loss(teacher_logits, student_logits, temperature):
-    """L_output of one pair of heads = T^2 MSE(softmax(o_t/T), softmax(o_s/T)); of a regression MSE(relu o_t, relu o_s).
+    """L_output of two heads = T^2 MSE(softmax(o_t/T), softmax(o_s/T)); MSE(relu o_t, relu o_s) for C = 1.
 
-    Logits (B, C). softmax(o / T) puts 1/T into the difference and into its derivative; T^2 takes both out, and alpha
-    means the same at every temperature: as T grows, the value tends to MSE(o_t - mean_c o_t, o_s - mean_c o_s) / C^2.
+    Logits (B, C); C = 1 is a regression. softmax(o / T) puts 1/T into the difference and into its derivative;
+    T^2 takes both out, and alpha means the same at every temperature: as T grows, the value tends to
+    MSE(o_t - mean_c o_t, o_s - mean_c o_s) / C^2.
     """
     o_t, o_s = _full(teacher_logits), _full(student_logits)
     if o_s.size(-1) == 1:
@@ -62,11 +65,11 @@ def output_loss(teacher_logits, student_logits, temperature):
 def manifold_loss(teacher_proj, student_proj, kind):
     """L_manifold = MSE(mean_b p_t, mean_b p_s) | 1 - cos(mean_b p_t, mean_b p_s) | MSE(p_t, p_s).
 
-    Projections (B, d); kind "euclidean" | "cosine" | "manifold", in this order. The first two compare batch means, which
-    do not change when the teacher's rows are permuted inside the batch: they carry no pairing of text and picture.
+    Projections (B, d); kind "euclidean" | "cosine" | "manifold", in this order. The first two compare batch
+    means, which permuting a batch's teacher rows does not change: they carry no pairing of text and picture.
     By Jensen euclidean <= manifold (the paper's Prop. 1, though not strictly: both are 0 at p_t = p_s).
     """
-    # DEVIATION: in the authors' code any unknown name silently means the per-example loss; here a typo is an error.
+    # DEVIATION: the authors' code silently takes any unknown name for the per-example loss; an error here.
     if kind not in KINDS:
         raise ValueError(f"unknown loss kind {kind!r}: choose one of {', '.join(KINDS)}")
     p_t, p_s = _full(teacher_proj), _full(student_proj)
@@ -75,22 +78,23 @@ def manifold_loss(teacher_proj, student_proj, kind):
     m_t, m_s = p_t.mean(0), p_s.mean(0)  # (d,), (d,)
     if kind == "euclidean":
         return _mse(m_t, m_s)
-    # DEVIATION: paper says the inner product of the means (Eq. 3), which growing p_s lowers without end; we normalise,
-    # as the authors' code does. A zero mean has no direction: value 1, gradient 0. An epsilon in the denominator would
-    # give the gradient 1 / epsilon, and a where() outside the quotient alone 0 * inf = nan: hence the inner where().
+    # DEVIATION: paper says the inner product of the means (Eq. 3), which growing p_s lowers without end; we
+    # normalise, as the authors' code does.
+    # A zero mean has no direction: value 1, gradient 0. An epsilon in the denominator would give the gradient
+    # 1 / epsilon, and a where() outside the quotient alone 0 * inf = nan: hence the inner where().
     norms = m_t.norm() * m_s.norm()
     return 1 - torch.where(norms > 0, (m_t * m_s).sum() / torch.where(norms > 0, norms, 1), 0)
 
 
 def aligner_loss(aligner_out, labels, gamma):
-    """L_A = task(o_t, y) + gamma task(a_t, y): the TS Aligner learns the task from the teacher's vector alone."""
+    """L_A = task(o_t, y) + gamma task(a_t, y): the TS Aligner learns from the teacher's vector alone."""
     return task_loss(aligner_out.logits, labels) + gamma * task_loss(aligner_out.aux_logits, labels)
 
 
 def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind):
     """L_S = (1 - alpha) L_task + alpha L_output + beta L_manifold.
 
-    student_out, aligner_out: Outputs(logits (B, C), aux_logits (B, C), proj (B, d)). The aligner's tensors are
+    student_out, aligner_out: Outputs(logits (B, C), aux_logits (B, C), proj (B, d)). The aligner's are
     detached, a student does not teach its teacher; aligner_out=None is "no teacher", whose two terms are 0.
     Returns (total, parts): parts maps task, output, manifold to 0-dim tensors, before their weights.
     """

@@ -40,13 +40,14 @@ SHORT_NAMES = {
     "deberta-v2-xxlarge": "microsoft/deberta-v2-xxlarge", "opt-125m": "facebook/opt-125m",
     "opt-1.3b": "facebook/opt-1.3b", "llama-3b": "meta-llama/Llama-3.2-3B", "llama-7b": "huggyllama/llama-7b",
     "llama-8b": "meta-llama/Llama-3.1-8B"}
-POOLERS = ("bert", "roberta", "xlm-roberta")  # families whose own pooler, a tanh layer on the first token, is used
+POOLERS = ("bert", "roberta", "xlm-roberta")  # families whose own pooler, tanh on the first token, is used
 
 
 class Student(nn.Module):
     """A language model with heads: student(input_ids, attention_mask, token_type_ids=None) -> Outputs."""
 
-    def __init__(self, lm, tokenizer, num_labels, proj_dim, dropout=0.1, orthogonal=False, labels=(), max_length=128):
+    def __init__(self, lm, tokenizer, num_labels, proj_dim, dropout=0.1, orthogonal=False, labels=(),
+                 max_length=128):
         super().__init__()
         self.lm, self.tokenizer = lm, tokenizer
         self.settings = dict(num_labels=num_labels, proj_dim=proj_dim, dropout=dropout, orthogonal=orthogonal,
@@ -56,9 +57,10 @@ class Student(nn.Module):
                         and kind not in families.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
         # OPT-350m projects its last layer to another width than hidden_size.
         width = getattr(lm.config, "word_embed_proj_dim", None) or lm.config.hidden_size
-        # The aligner's gauge argument does not hold here, since p_s must meet p_t coordinate by coordinate: an
-        # orthogonal P_s gets d_s reflections, enough for every rotation of h_s.
-        projection = Householder(width, proj_dim, width) if orthogonal else nn.Linear(width, proj_dim, bias=False)
+        # The aligner's gauge argument does not hold here, since p_s must meet p_t coordinate by coordinate:
+        # an orthogonal P_s gets d_s reflections, enough for every rotation of h_s.
+        projection = (Householder(width, proj_dim, width) if orthogonal
+                      else nn.Linear(width, proj_dim, bias=False))
         self.heads = nn.ModuleDict({"classifier": nn.Linear(width, num_labels), "projection": projection,
                                     "aux_classifier": nn.Linear(proj_dim, num_labels)})  # C_s, P_s, C'_s
         self.drop = nn.Dropout(dropout)
@@ -83,9 +85,9 @@ class Student(nn.Module):
         """One vector a text, the same whatever the padding: (B, L, d_s) -> (B, d_s)."""
         if self.lm.config.model_type in POOLERS:
             return out.pooler_output
-        # DEVIATION: the authors take OPT's last position even where it is padding, and LLaMA's position 0, which under
-        # a causal mask has read one token: the same vector for every text. Here it is the last real token, found by
-        # the mask and never by its id, since pad may equal end-of-text. Other encoders: the first token.
+        # DEVIATION: the authors take OPT's last position, padding or not, and LLaMA's position 0, which under
+        # a causal mask has read one token: the same vector for every text. Here it is the last real token,
+        # found by the mask, never by its id (pad may equal end-of-text). Other encoders: the first token.
         if not self.decoder:
             return out.last_hidden_state[:, 0]
         column = torch.arange(1, attention_mask.size(1) + 1, device=attention_mask.device)  # (L,)
@@ -93,14 +95,14 @@ class Student(nn.Module):
         return out.last_hidden_state[torch.arange(len(last), device=last.device), last]
 
     def checkpoint_gradients(self):
-        """Recompute each layer in the backward pass: about a third more time, the activations of one layer only."""
-        # Re-entrant checkpointing drops every gradient, silently, when a layer's inputs need none (frozen embeddings).
+        """Recompute layers in the backward pass: about a third more time, one layer's activations only."""
+        # Re-entrant checkpointing drops all gradients, silently, if the inputs need none (frozen embeddings).
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
 
     @torch.inference_mode()
     def answers(self, rows, batch_size=64, autocast=nullcontext):
-        """Class ids (or scores) for encoded rows, a list in their order; texts of equal length share a batch."""
-        training, device, answers = self.training, self.heads["classifier"].weight.device, {}
+        """Class ids (or scores) for encoded rows, a list in order; texts of similar length share a batch."""
+        training, device, found = self.training, self.heads["classifier"].weight.device, {}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         self.eval()
         for start in range(0, len(order), batch_size):
@@ -108,20 +110,22 @@ class Student(nn.Module):
             batch = collate([rows[i] for i in chosen], self.tokenizer.pad_token_id)
             with autocast():
                 logits = self(**{key: value.to(device) for key, value in batch.items()}).logits
-            answers.update(zip(chosen, predictions(logits).tolist()))
+            found.update(zip(chosen, predictions(logits).tolist()))
         self.train(training)
-        return [answers[i] for i in range(len(rows))]
+        return [found[i] for i in range(len(rows))]
 
     def predict(self, texts):
         """Label names (scores for a regression) for a person's own texts, a list in their order.
 
-        texts: a list of strings, or of (text_a, text_b) pairs for a two-text task on an encoder. A decoder wants the one
-        prompt that it was trained on, TASKS[...].prompt(example).
+        texts: a list of strings, or of (text_a, text_b) pairs for a two-text task on an encoder. A decoder
+        wants the one prompt that it was trained on, TASKS[...].prompt(example).
         """
         if isinstance(texts, str):
             raise UserError("predict wants a list of texts: predict([text])")
-        pairs, labels = [(text,) if isinstance(text, str) else text for text in texts], self.settings["labels"]
-        cut = dict(truncation=True, max_length=self.settings["max_length"], return_token_type_ids=not self.decoder)
+        pairs, labels = ([(text,) if isinstance(text, str) else text for text in texts],
+                         self.settings["labels"])
+        cut = dict(truncation=True, max_length=self.settings["max_length"],
+                   return_token_type_ids=not self.decoder)
         answers = self.answers([dict(self.tokenizer(*pair, **cut)) for pair in pairs])
         return [labels[answer] for answer in answers] if labels else answers
 
@@ -135,7 +139,7 @@ class Student(nn.Module):
 
 
 def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
-    """A Student from a short name (SHORT_NAMES), hub id or local folder; "tiny" makes its vocabulary from `texts`.
+    """A Student from a short name (SHORT_NAMES), hub id or folder; "tiny" makes its vocabulary from `texts`.
 
     settings: dropout, orthogonal, labels (names for predict) and max_length, as in Student.
     """
@@ -144,10 +148,11 @@ def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
 
 
 def load_student(folder):
-    """The Student that save() wrote, on the CPU in eval mode. Neither teacher nor aligner is needed any more."""
+    """The Student that save() wrote, on the CPU in eval mode. Neither teacher nor aligner is needed."""
     folder = Path(folder)
     if not (folder / "student.json").is_file():
-        raise UserError(f"{folder} holds no saved student (no student.json): give a run's last/ or best/ folder")
+        raise UserError(f"{folder} holds no saved student (no student.json): "
+                        "give a run's last/ or best/ folder")
     try:
         student = Student(*load_pretrained(str(folder)), **json.loads((folder / "student.json").read_text()))
         student.heads.load_state_dict(load_file(folder / "heads.safetensors"))
@@ -159,16 +164,19 @@ def load_student(folder):
 def _tiny(texts):
     """A two-layer BERT with random weights and a word-level tokenizer over the words of `texts`: no files."""
     if not texts:
-        raise UserError("student tiny makes its vocabulary from texts: build_student('tiny', ..., texts=[...])")
+        raise UserError("student tiny makes its vocabulary from texts: "
+                        "build_student('tiny', ..., texts=[...])")
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower())})
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()      # the same \w+|[^\w\s]+
     tokenizer.post_processor = processors.TemplateProcessing(  # without it there is no [CLS] to pool
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
         model_max_length=512, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     # BERT's own .02 suits 768 columns; at 64 it starts so flat that some seeds never leave the plateau.
     config = transformers.BertConfig(vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2,
@@ -178,7 +186,7 @@ def _tiny(texts):
 
 @functools.cache
 def check_available(name):
-    """from_pretrained's arguments for a short name, hub id or folder; UserError within seconds, before any weight.
+    """from_pretrained arguments for a short name, hub id or folder; UserError in seconds, before any weight.
 
     Left alone, transformers retries an unreachable hub for half a minute; we ask once, for the config.
     """
@@ -198,11 +206,12 @@ def check_available(name):
     except (hub.errors.HFValidationError, hub.errors.RepositoryNotFoundError, hub.errors.EntryNotFoundError):
         raise UserError(f"{name!r} is no folder here and no model on the hub: {hint}known short names: tiny, "
                         f"{', '.join(SHORT_NAMES)}; a private model needs HF_TOKEN") from None
-    except Exception as error:  # no network, a proxy, a time-out, HF_HUB_OFFLINE; the hub's cache may still have it
+    except Exception as error:  # no network, a proxy, a time-out, HF_HUB_OFFLINE; the hub's cache may have it
         if isinstance(hub.try_to_load_from_cache(repo, "config.json"), str):
             return how | {"local_files_only": True}
-        raise UserError(f"could not fetch {repo} from the hub ({' '.join(str(error).split())[:100]}): {hint}connect, "
-                        f"or run `hf download {repo}` elsewhere and give the folder instead of the name") from None
+        raise UserError(f"could not fetch {repo} from the hub ({' '.join(str(error).split())[:100]}): {hint}"
+                        f"connect, or run `hf download {repo}` elsewhere and give the folder "
+                        "instead of the name") from None
 
 
 def load_pretrained(name, model_class=transformers.AutoModel):
@@ -218,13 +227,17 @@ def load_pretrained(name, model_class=transformers.AutoModel):
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())[:300]
         spm = "entencepiece" in why or "tiktoken" in why  # transformers names the wrong package
-        raise UserError(f"could not load {name}: {why}" + ("; pip install sentencepiece protobuf" if spm else "")) from None
+        raise UserError(f"could not load {name}: {why}"
+                        + ("; pip install sentencepiece protobuf" if spm else "")) from None
     if model.config.is_encoder_decoder or not hasattr(model.config, "hidden_size"):
-        raise UserError(f"{name} is a {model.config.model_type} model: give an encoder (BERT, DeBERTa) or a decoder (OPT, LLaMA)")
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers invents an empty one: every text the same
+        raise UserError(f"{name} is a {model.config.model_type} model: "
+                        "give an encoder (BERT, DeBERTa) or a decoder (OPT, LLaMA)")
+    # Without its files transformers invents an empty tokenizer, to which every text is the same.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(f"{name} has no tokenizer files: copy tokenizer.json (or the vocabulary) into it")
     if info["missing_keys"]:
-        print(f"note: {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}, which start at random", flush=True)
+        print(f"note: {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}, which start at random",
+              flush=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token  # LLaMA has none
     tokenizer.padding_side = "right"
     return model, tokenizer

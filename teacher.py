@@ -4,8 +4,8 @@
     teacher.name, teacher.dim                            # what it is, and d_e
     teacher.encode(["is a mouse bigger than a piano?"])  # float32 array (N, d_e)
 
-A teacher of your own is a class with these three names and one line in TEACHERS. A vector depends on its text alone,
-never on its neighbours in a list, so each is made once and kept.
+A teacher of your own is a class with these three names and one line in TEACHERS. A vector depends on its text
+alone, never on its neighbours in a list, so each is made once and kept.
 """
 import hashlib
 import re
@@ -26,7 +26,7 @@ class Teacher:
     costly = True  # dearer than a look-up in the cache
 
     def vectors(self, split, texts, limit):
-        """The first `limit` vectors of a split; only a folder of ready-made rows needs to know which split."""
+        """The first `limit` vectors of a split; only a folder of ready-made rows needs to know which."""
         return self.encode(texts[:limit])
 
     def too_long(self, texts):
@@ -35,10 +35,10 @@ class Teacher:
 
 
 class Painter(Teacher):
-    """A procedural text-to-picture function: the objects that a text names, side by side, 4 x 16 x 16 = 1024 numbers.
+    """A procedural text-to-picture function: a text's objects, side by side, 4 x 16 x 16 = 1024 numbers.
 
-    Channels: red, green, blue, coverage. Sizes are on a log scale, .5 cm one pixel, 60 m the whole height. Any other
-    word leaves one faint pixel of its own, so every text has a picture; of the world beyond OBJECTS it knows NOTHING.
+    Channels: red, green, blue, coverage. Sizes on a log scale, .5 cm one pixel, 60 m the whole height. Any
+    other word leaves a faint pixel of its own, so every text has a picture; beyond OBJECTS it knows NOTHING.
     painter:RHO gives RHO picture + sqrt(1 - RHO^2) noise of the same power: the dose of the teacher.
     """
 
@@ -53,7 +53,8 @@ class Painter(Teacher):
         except ValueError:
             self.rho = -1
         if not 0 <= self.rho <= 1:
-            raise UserError(f"painter:{rho}: write painter:RHO with a dose RHO from 0 (noise) to 1 (the picture)")
+            raise UserError(f"painter:{rho}: write painter:RHO with a dose RHO from 0 (noise) "
+                            "to 1 (the picture)")
         self.name = f"painter:{self.rho:g}"
 
     def encode(self, texts):
@@ -73,7 +74,8 @@ class Painter(Teacher):
             half = 8 / len(things)       # half the width of this object's share of the canvas
             dx, dy = (x - (2 * i + 1) * half) / half, (y - 8) / 8  # -1 .. 1 inside it
             distance = {"disc": np.hypot(dx, dy), "box": np.maximum(abs(dx), abs(dy)),
-                        "bar": np.maximum(2 * abs(dx), abs(dy)), "cone": np.maximum(2 * abs(dx) - dy, abs(dy))}[shape]
+                        "bar": np.maximum(2 * abs(dx), abs(dy)),
+                        "cone": np.maximum(2 * abs(dx) - dy, abs(dy))}[shape]
             radius = 0.1 + 0.9 * np.log(size / 0.5) / np.log(6000 / 0.5)
             # The soft edge makes sizes between two pixels visible.
             cover = np.clip((radius - distance) * half + 0.5, 0, 1) * (abs(dx) <= 1)
@@ -84,7 +86,8 @@ class Painter(Teacher):
 
 def _generator(*parts):
     """A random generator that depends on the parts alone; Python's own hash() changes from run to run."""
-    return np.random.default_rng(int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "little"))
+    return np.random.default_rng(
+        int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "little"))
 
 
 class Clip(Teacher):
@@ -99,10 +102,11 @@ class Clip(Teacher):
         self.name = "clip:" + (model or "openai/clip-vit-large-patch14")
         model, self.tokenizer = load_pretrained(self.name[5:], CLIPTextModelWithProjection)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        self.dim, self.most = model.config.projection_dim, model.config.max_position_embeddings  # 768, 77 tokens
+        # 768 numbers a vector; 77 tokens at most
+        self.dim, self.max_tokens = model.config.projection_dim, model.config.max_position_embeddings
 
     def too_long(self, texts):
-        return sum(len(self.tokenizer(text, verbose=False)["input_ids"]) > self.most for text in texts)
+        return sum(len(self.tokenizer(text, verbose=False)["input_ids"]) > self.max_tokens for text in texts)
 
     def encode(self, texts):
         import torch
@@ -110,8 +114,8 @@ class Clip(Teacher):
         out = np.zeros((len(texts), self.dim), np.float32)
         with torch.inference_mode():
             for i in range(0, len(texts), 64):
-                batch = self.tokenizer(list(texts[i:i + 64]), padding=True, truncation=True, max_length=self.most,
-                                       return_tensors="pt").to(self.model.device)
+                batch = self.tokenizer(list(texts[i:i + 64]), padding=True, truncation=True,
+                                       max_length=self.max_tokens, return_tensors="pt").to(self.model.device)
                 out[i:i + 64] = self.model(**batch).text_embeds.cpu().numpy()
         return out
 
@@ -124,7 +128,8 @@ class VectorFolder(Teacher):
     def __init__(self, folder):
         self.folder, self.name = Path(folder), "vectors:" + folder
         if not folder or not (self.folder / "train.npy").is_file():
-            raise UserError(f"{self.name} has no train.npy: FOLDER holds train.npy and dev.npy, one row an example")
+            raise UserError(f"{self.name} has no train.npy: FOLDER holds train.npy and dev.npy, "
+                            "one row an example")
         self.dim = self.open("train").shape[1]
 
     def encode(self, texts):
@@ -133,18 +138,20 @@ class VectorFolder(Teacher):
     def open(self, split):
         path = self.folder / f"{split}.npy"
         try:
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)  # unpickling a stranger's file runs their code
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)  # unpickling runs a stranger's code
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is not a readable array ({error}): write it with numpy.save") from None
         if rows.ndim != 2 or rows.dtype.kind != "f":
-            raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: expected floats, (examples, dim)")
+            raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: "
+                            "expected floats, (examples, dim)")
         return rows
 
     def vectors(self, split, texts, limit):
         rows = self.open(split)
         if rows.shape != (len(texts), self.dim):
-            raise UserError(f"{self.folder / split}.npy has shape {rows.shape}, expected {(len(texts), self.dim)}: one "
-                            "row for each example, in the official file's order, as wide as train.npy")
+            raise UserError(f"{self.folder / split}.npy has shape {rows.shape}, "
+                            f"expected {(len(texts), self.dim)}: one row for each example, "
+                            "in the official file's order, as wide as train.npy")
         return np.asarray(rows[:limit], np.float32)
 
 
@@ -158,13 +165,13 @@ def check_spec(spec):
 
 
 def build_teacher(spec):
-    """A teacher from "painter", "painter:RHO", "clip[:MODEL]" or "vectors:FOLDER"; UserError says what does not fit."""
+    """A teacher from "painter[:RHO]", "clip[:MODEL]" or "vectors:FOLDER"; UserError says what is wrong."""
     teacher, argument = check_spec(spec)
     return teacher(argument)
 
 
 class Cache:
-    """Vectors on disk, found by (teacher name, text): sqlite in WAL mode survives a kill and takes two writers."""
+    """Vectors on disk by (teacher name, text): sqlite in WAL mode survives a kill and takes two writers."""
 
     def __init__(self, folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -178,7 +185,8 @@ class Cache:
 
     def get(self, teacher, text):
         """The vector (dim,), or None where there is none or its bytes are damaged."""
-        row = self.db.execute("SELECT value, crc FROM vectors WHERE key = ?", (self.key(teacher, text),)).fetchone()
+        row = self.db.execute("SELECT value, crc FROM vectors WHERE key = ?",
+                              (self.key(teacher, text),)).fetchone()
         whole = row and zlib.crc32(row[0]) == row[1] and len(row[0]) == 4 * teacher.dim
         return np.frombuffer(row[0], np.float32) if whole else None
 
@@ -191,14 +199,15 @@ class Cache:
 
 
 def teacher_vectors(teacher, split, texts, cache_dir, limit=None):
-    """float32 (N, dim), row i for texts[i], the first `limit` of them; a costly teacher makes each text's once."""
+    """float32 (N, dim), row i for texts[i], the first `limit` of them; a costly teacher makes each once."""
     if not teacher.costly:
         vectors = _finite(teacher, teacher.vectors(split, texts, limit), split, texts)
     else:
         cache, texts = Cache(cache_dir), texts[:limit]
         missing = [text for text in dict.fromkeys(texts) if cache.get(teacher, text) is None]
         if cut := teacher.too_long(missing):
-            print(f"{teacher.name}: {cut} of {len(missing)} {split} texts are too long for it and were cut", file=sys.stderr)
+            print(f"{teacher.name}: {cut} of {len(missing)} {split} texts are too long for it and were cut",
+                  file=sys.stderr)
         for i in tqdm(range(0, len(missing), 256), desc=teacher.name, disable=None if missing else True):
             chunk = missing[i:i + 256]  # what a kill can lose
             cache.put(teacher, chunk, _finite(teacher, teacher.encode(chunk), split, chunk))
@@ -207,8 +216,10 @@ def teacher_vectors(teacher, split, texts, cache_dir, limit=None):
 
 
 def _finite(teacher, vectors, split, texts):
-    """DEVIATION: in the authors' code a missing vector becomes zeros, a picture that nobody made; here it is an error."""
+    """The vectors, when all of them are finite; else a UserError that shows the text."""
+    # DEVIATION: in the authors' code a missing vector becomes zeros, a picture that nobody made.
     bad = ~np.isfinite(vectors).all(axis=1)
     if bad.any():
-        raise UserError(f"{teacher.name} gave no finite vector for a text of {split}: {texts[int(bad.argmax())][:80]!r}")
+        raise UserError(f"{teacher.name} gave no finite vector for a text of {split}: "
+                        f"{texts[int(bad.argmax())][:80]!r}")
     return vectors

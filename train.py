@@ -4,9 +4,10 @@
     python train.py --task rte --student opt-1.3b    # a GLUE/SuperGLUE task, a pretrained student (on CUDA)
     python train.py --resume runs/rte                # go on where a run was stopped or killed
 
-Each epoch trains the TS Aligner over the data once, then the student once, pulled towards the aligner as it stands. A
-run is a grid of arms and seeds: OUT/ARM/SEED/{config.json, log.jsonl, last/, best/, metrics.json, predictions_*}.
-Within a seed all arms share initial weights, data order and dropout, so that their differences are paired.
+Each epoch trains the TS Aligner over the data once, then the student once, pulled towards the aligner as it
+stands. A run is a grid of arms and seeds:
+OUT/ARM/SEED/{config.json, log.jsonl, last/, best/, metrics.json, predictions_*}. Within a seed all arms share
+initial weights, data order and dropout, so that their differences are paired.
 """
 import argparse
 import dataclasses
@@ -27,9 +28,9 @@ from pathlib import Path
 from data import CACHE, UserError, collate, encode, find_task, known, length_grouped_batches, load_task
 
 
-# ---- configuration: every field is a flag ----------------------------------------------------------------------
+# ---- configuration: every field is a flag ------------------------------------------------------------------
 def option(default, help, **limits):
-    """A Config field: default, --help sentence, and limits low, high (inclusive), above (exclusive), choices."""
+    """A Config field: default, --help sentence, limits low, high (inclusive), above (exclusive), choices."""
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
 
@@ -47,40 +48,47 @@ ARMS = {
 class Config:
     """One run; argparse is built from these fields. None means "it depends" and is filled in by resolve()."""
 
-    task: str = option(None, "Task to learn: objects, which is built in, or an understanding task such as rte.")
-    student: str = option(None, "Short name, hub id, local folder or tiny; bert-base by default (objects: tiny).")
-    teacher: str = option(None, "One of painter[:RHO], clip[:MODEL], vectors:FOLDER; by default clip (objects: painter).")
-    arms: tuple = option(None, f"Arms, with commas ({', '.join(ARMS)}); undistilled, armada and shuffled by default, but "
-                               "armada alone when a task is named.")
+    task: str = option(None, "Task to learn: objects, which is built in, "
+                             "or an understanding task such as rte.")
+    student: str = option(None, "Short name, hub id, local folder or tiny; "
+                                "bert-base by default (objects: tiny).")
+    teacher: str = option(None, "One of painter[:RHO], clip[:MODEL], vectors:FOLDER; "
+                                "by default clip (objects: painter).")
+    arms: tuple = option(None, f"Arms, with commas ({', '.join(ARMS)}); undistilled, armada and shuffled "
+                               "by default, but armada alone when a task is named.")
     seeds: tuple = option(None, "Seeds, with commas; 0 to 6 by default, but 0 alone when a task is named.")
-    data_dir: str = option(None, "Folder that holds the official RTE/, CoLA/ ...; without it they are downloaded.")
+    data_dir: str = option(None, "Folder that holds the official RTE/, CoLA/ ...; "
+                                 "without it they are downloaded.")
     cache_dir: str = option(CACHE, "Folder for downloads and teacher vectors.")
     out: str = option(None, "Folder to write; runs/TASK by default, or runs/TASK-2 ... when that is taken.")
-    resume: str = option(None, "Run, or one ARM/SEED folder of it, to go on with; it remembers its other flags.")
-    # DEVIATION: the paper reports three kinds; our default is the one that compares each text with its own picture.
-    loss: str = option("manifold", "Manifold loss: euclidean and cosine compare batch means, manifold each example.",
-                       choices=("euclidean", "cosine", "manifold"))
+    resume: str = option(None, "Run, or one ARM/SEED folder of it, to go on with; "
+                               "it remembers its other flags.")
+    # DEVIATION: the paper reports three kinds; our default compares each text with its own picture.
+    loss: str = option("manifold", "Manifold loss: euclidean and cosine compare batch means, "
+                                   "manifold each example.", choices=("euclidean", "cosine", "manifold"))
     alpha: float = option(0.5, "Weight of the soft labels against the true ones.", low=0, high=1)
     beta: float = option(None, "Weight of the manifold loss; 1 by default (objects: 20).", low=0)
     gamma: float = option(1.0, "Weight of the auxiliary heads in the task and output losses.", low=0)
     temperature: float = option(5.0, "Temperature T of the soft labels.", above=0)
-    pairing: str = option("own", "Whose teacher vector a training text gets: its own or, shuffled, another's.",
-                          choices=("own", "shuffled"))
+    pairing: str = option("own", "Whose teacher vector a training text gets: its own or, shuffled, "
+                                 "another's.", choices=("own", "shuffled"))
     proj_dim: int = option(None, "Width of the shared projection space; the teacher's own by default.", low=1)
     orthogonal_student: bool = option(False, "Make the student's projection orthogonal too.")
     epochs: int = option(None, "Passes over the data; 10 by default (objects: 40).", low=1)
     batch_size: int = option(32, "Examples per optimizer step.", low=1)
-    micro_batch: int = option(None, "Examples in memory at once, a divisor of --batch-size; all by default.", low=1)
+    micro_batch: int = option(None, "Examples in memory at once, a divisor of --batch-size; all by default.",
+                              low=1)
     max_length: int = option(128, "Tokens per text; a longer one has its longest field shortened.", low=4)
     lr: float = option(None, "The student's peak learning rate; 2e-5 by default (objects: 4e-3).", above=0)
     aligner_lr: float = option(1e-3, "The aligner's peak learning rate; 0 leaves it untrained.", low=0)
     device: str = option("auto", "Where to train: auto, cpu, cuda, cuda:N or mps.")
-    amp: str = option("auto", "Mixed precision; auto is bf16 where the GPU has it, else fp16 on CUDA, else off.",
-                      choices=("auto", "off", "bf16", "fp16"))
-    grad_checkpoint: str = option("auto", "Recompute activations to save memory; auto does on CUDA beyond 300 M "
-                                          "parameters.", choices=("auto", "on", "off"))
+    amp: str = option("auto", "Mixed precision; auto is bf16 where the GPU has it, else fp16 on CUDA, "
+                              "else off.", choices=("auto", "off", "bf16", "fp16"))
+    grad_checkpoint: str = option("auto", "Recompute activations to save memory; auto does on CUDA beyond "
+                                          "300 M parameters.", choices=("auto", "on", "off"))
     limit: int = option(None, "Keep only the first N training examples.", low=1)
-    eval_every: int = option(None, "Epochs between evaluations with checkpoint; 1 by default (objects: 10).", low=1)
+    eval_every: int = option(None, "Epochs between evaluations with checkpoint; 1 by default (objects: 10).",
+                             low=1)
 
     def __post_init__(self):
         self.task = self.task and self.task.lower()
@@ -90,19 +98,21 @@ class Config:
             try:
                 setattr(self, name, value and tuple(kind(item) for item in value))
             except ValueError:
-                raise UserError(f"--{name} {','.join(map(str, value))}: give whole numbers, as in 0,1,2") from None
+                raise UserError(f"--{name} {','.join(map(str, value))}: "
+                                "give whole numbers, as in 0,1,2") from None
 
 
 FALLBACK = {"student": "bert-base", "teacher": "clip", "beta": 1.0, "epochs": 10, "lr": 2e-5, "eval_every": 1}
 
 
 def resolve(config):
-    """A copy with every default filled in and every value checked; UserError before anything is loaded or fetched."""
+    """A copy with every default filled in and every value checked; UserError before any load or fetch."""
     from teacher import check_spec
 
     bare, task = config.task is None, find_task(config.task or "objects")
     defaults = {**FALLBACK, **task.defaults, "micro_batch": config.batch_size,
-                "arms": ("undistilled", "armada", "shuffled") if bare else ("armada",), "seeds": tuple(range(7)) if bare else (0,)}
+                "arms": ("undistilled", "armada", "shuffled") if bare else ("armada",),
+                "seeds": tuple(range(7)) if bare else (0,)}
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **missing, task=task.name)
     for field in dataclasses.fields(config):
@@ -145,7 +155,8 @@ def parse(argv=None):
     parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                     description="ARMADA: distil a picture-making teacher into a text-only language model.")
     for field in dataclasses.fields(Config):
-        help = field.metadata["help"] + (f" Default {field.default}." if field.default not in (None, False) else "")
+        help = (field.metadata["help"]
+                + (f" Default {field.default}." if field.default not in (None, False) else ""))
         help += f" One of {', '.join(field.metadata['choices'])}." if "choices" in field.metadata else ""
         kind = {"action": "store_true"} if field.type is bool else {
             "type": str if field.type is tuple else field.type, "metavar": field.name.upper()}
@@ -154,20 +165,24 @@ def parse(argv=None):
 
 
 def resume_config(folder, typed):
-    """The Config that a run (a grid, or one cell of it) was started with; UserError where a typed flag differs."""
+    """The Config that a run (a grid or one cell) was started with; UserError where a typed flag differs."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"--resume {folder}: no run there (no config.json); start one with --out {folder}")
     try:
         saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
     except (TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"--resume {folder}: its config.json is not one of this version ({error}); start anew") from None
+        raise UserError(f"--resume {folder}: its config.json is not one of this version ({error}); "
+                        "start anew") from None
     differ = [f"--{name.replace('_', '-')} is {getattr(saved, name)}, not {getattr(wanted, name)}"
-              for name in typed if name not in ("resume", "out") and getattr(saved, name) != getattr(wanted, name)]
+              for name in typed
+              if name not in ("resume", "out") and getattr(saved, name) != getattr(wanted, name)]
     if differ:
-        raise UserError(f"--resume {folder}: this run's {'; '.join(differ)}: leave it out, or start anew with --out")
+        raise UserError(f"--resume {folder}: this run's {'; '.join(differ)}: "
+                        "leave it out, or start anew with --out")
     is_cell = folder.resolve().parts[-2:] == (saved.arms[0], str(saved.seeds[0]))
-    return dataclasses.replace(saved, resume=str(folder), out=str(folder.parent.parent if is_cell else folder))
+    return dataclasses.replace(saved, resume=str(folder),
+                               out=str(folder.parent.parent if is_cell else folder))
 
 
 def configure(argv=None):
@@ -200,23 +215,23 @@ from student import build_student, check_available, load_student
 from teacher import build_teacher, teacher_vectors
 
 
-# ---- small pieces of the loop ----------------------------------------------------------------------------------
+# ---- small pieces of the loop ------------------------------------------------------------------------------
 def seed_of(*parts):
-    """A 64-bit seed from (seed, role, epoch, step, ...). Every step starts from its own: no generator state has to be
-    saved, a resumed run repeats the draws exactly, and the arms share them."""
+    """A 64-bit seed from (seed, role, epoch, step, ...). Every step starts from its own: no generator state
+    has to be saved, a resumed run repeats the draws exactly, and the arms share them."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
 
 
 def lr_factor(step, steps):
     """Linear warm-up over min(100, 10 %) of the steps, then linear decay to 0; step counts from 0."""
-    # DEVIATION: the authors' scheduler, warm-up and weight decay are built but never applied; and theirs would warm up
-    # for 100 steps always, which is more than CB has in all.
+    # DEVIATION: the authors' scheduler, warm-up and weight decay are built but never applied; and theirs
+    # would warm up for 100 steps always, which is more than CB has in all.
     warm = min(100, steps // 10)
     return (step + 1) / warm if step < warm else (steps - step) / (steps - warm)
 
 
 def precision(config):
-    """(device, autocast context, GradScaler, the reason in words), so that the loop has no precision branch."""
+    """(device, autocast context, GradScaler, the reason in words), so the loop has no precision branch."""
     found = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(found if config.device == "auto" else config.device)
     if (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
@@ -231,11 +246,12 @@ def precision(config):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         amp, why = ("bf16", "the GPU has it") if bf16 else ("fp16", "the GPU has no bf16")
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32: 10-bit mantissas in float32 products, several times faster
+        torch.set_float32_matmul_precision("high")  # TF32: 10-bit mantissas in products, several times faster
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     autocast = (lambda: torch.autocast(device.type, dtype=dtype)) if dtype else nullcontext
     # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range.
-    return device, autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16"), f"{device}, amp {amp} ({why})"
+    return (device, autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16"),
+            f"{device}, amp {amp} ({why})")
 
 
 def to_device(tensor, device):
@@ -244,7 +260,7 @@ def to_device(tensor, device):
 
 
 def replace_folder(folder, write):
-    """write(new) beside, then rename. Killed at any instant, one whole folder exists, as FOLDER or as FOLDER.old."""
+    """write(new) beside, then rename. A kill at any instant leaves one whole folder, FOLDER or FOLDER.old."""
     new, old = Path(f"{folder}.new"), Path(f"{folder}.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -256,7 +272,7 @@ def replace_folder(folder, write):
 
 
 def recover_folder(folder):
-    """Undo what a kill between replace_folder's two renames leaves behind; True if there is a whole folder."""
+    """Undo what a kill between replace_folder's two renames leaves; True if there is a whole folder."""
     old = Path(f"{folder}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)
@@ -273,7 +289,7 @@ def write_json(path, content):
 
 @contextmanager
 def interruptible():
-    """Yields a list that Ctrl-C fills instead of raising, so that no step is cut in half; a second stops at once."""
+    """Yields a list that Ctrl-C fills instead of raising: no step is cut in half; a second stops at once."""
     pressed = []
     handler = signal.default_int_handler
     before = signal.signal(signal.SIGINT, lambda *args: handler(*args) if pressed else pressed.append(1))
@@ -286,55 +302,61 @@ def interruptible():
 def read_log(waiting, seconds, scaler):
     """One line for log.jsonl: the means of waiting = [(values on the device, facts)] since the last one.
 
-    Read now and then only: an .item() a step would make the GPU wait for the CPU. UserError names the first value
-    that is not finite and its step. fp16's scaler finds its scale by overflowing, so there an infinite gradient is a
-    skipped step and no fault, unless no scale is small enough.
+    Read now and then only: an .item() each step would stall the CPU until the GPU is done. UserError names the
+    first value that is not finite and its step. fp16's scaler finds its scale by overflowing, so there an
+    infinite gradient is a skipped step and no fault, unless no scale is small enough.
     """
     names, steps = list(waiting[0][0]), [facts for _, facts in waiting]
-    rows = torch.stack([torch.stack([values[name].float() for name in names]) for values, _ in waiting]).tolist()
+    rows = torch.stack([torch.stack([values[name].float() for name in names])
+                        for values, _ in waiting]).tolist()
     if scaler.is_enabled() and scaler.get_scale() < 1:
-        raise UserError("fp16 gradients overflow at every loss scale; nothing was saved since. Try --amp bf16 or off")
+        raise UserError("fp16 gradients overflow at every loss scale; nothing was saved since. "
+                        "Try --amp bf16 or off")
     line = {**steps[-1], "steps": len(steps), "tokens": sum(facts["tokens"] for facts in steps)}
     for name, column in zip(names, zip(*rows)):
         finite = [value for value in column if math.isfinite(value)]
         if len(finite) < len(column) and not (name == "grad_norm" and scaler.is_enabled()):
             bad = steps[next(i for i, value in enumerate(column) if not math.isfinite(value))]
-            raise UserError(f"the {bad['role']}'s {name} is not finite at step {bad['step']} (epoch {bad['epoch']}); "
-                            "nothing was saved since. Lower --lr or --beta, or try --amp off")
+            raise UserError(f"the {bad['role']}'s {name} is not finite at step {bad['step']} "
+                            f"(epoch {bad['epoch']}); nothing was saved since. "
+                            "Lower --lr or --beta, or try --amp off")
         line[name] = sum(finite) / max(1, len(finite))
     return {**line, "tokens_per_second": round(line["tokens"] / seconds)}
 
 
-# ---- the data of a run -----------------------------------------------------------------------------------------
+# ---- the data of a run -------------------------------------------------------------------------------------
 class Data:
-    """Examples, teacher vectors (where any arm looks at them) and token ids, made once for all cells of the grid."""
+    """Examples, teacher vectors (if any arm looks at them) and token ids, once for all cells of the grid."""
 
     def __init__(self, config):
-        self.task, self.splits = find_task(config.task), load_task(config.task, config.data_dir, config.cache_dir)
+        self.task, self.splits = (find_task(config.task),
+                                  load_task(config.task, config.data_dir, config.cache_dir))
         self.rows, self.vectors, teacher = {}, {}, build_teacher(config.teacher)
-        self.dim, self.teacher = teacher.dim, teacher.name  # the teacher itself may go: it is not needed again
+        self.dim, self.teacher = teacher.dim, teacher.name  # the teacher itself may go: not needed again
         if (config.proj_dim or 1) > self.dim:
-            raise UserError(f"--proj-dim {config.proj_dim} is more than the {self.dim} of {config.teacher}: an "
-                            "orthogonal projection cannot widen")
+            raise UserError(f"--proj-dim {config.proj_dim} is more than the {self.dim} of {config.teacher}: "
+                            "an orthogonal projection cannot widen")
         for split in ("train", "dev"):
             texts = [self.task.prompt(example) for example in self.splits[split]]
             if any(is_distilled(dataclasses.replace(config, **ARMS[arm])) for arm in config.arms):
-                limit = config.limit if split == "train" else None  # only the texts that we train on are paid for
+                limit = config.limit if split == "train" else None  # only texts that we train on are paid for
                 self.vectors[split] = teacher_vectors(teacher, split, texts, config.cache_dir, limit)
-                if split == "train":  # root mean square; not centred. So beta means the same for every teacher.
+                if split == "train":  # root mean square, not centred: beta means the same for every teacher.
                     rms = np.sqrt(np.mean(np.square(self.vectors[split], dtype=np.float64))) or 1.0
                 self.vectors[split] = torch.from_numpy(self.vectors[split] / np.float32(rms))  # (N, d_e)
         self.splits["train"] = self.splits["train"][:config.limit]
-        self.labels = torch.tensor([example.label for example in self.splits["train"]])  # int64 or float32  (N,)
+        self.labels = torch.tensor([example.label for example in self.splits["train"]])  # (N,) int64/float32
 
     def encode(self, student, config):
         """Token ids of every split, by the first cell's tokenizer (all cells have the same)."""
         if self.rows:
             return
         if config.max_length > student.max_tokens:
-            raise UserError(f"--max-length {config.max_length}: {config.student} reads at most {student.max_tokens} tokens")
+            raise UserError(f"--max-length {config.max_length}: {config.student} reads at most "
+                            f"{student.max_tokens} tokens")
         for split, examples in self.splits.items():
-            self.rows[split], short = encode(self.task, examples, student.tokenizer, config.max_length, student.decoder)
+            self.rows[split], short = encode(self.task, examples, student.tokenizer, config.max_length,
+                                             student.decoder)
             if short:
                 print(f"{split}: {short} of {len(examples)} texts were over {config.max_length} tokens: "
                       "their longest field was shortened", flush=True)
@@ -353,7 +375,7 @@ def is_distilled(config):
     return bool(config.alpha or config.beta)
 
 
-# ---- one cell of the grid: an arm with a seed ------------------------------------------------------------------
+# ---- one cell of the grid: an arm with a seed --------------------------------------------------------------
 class Cell:
     """The models and optimizers of one arm and seed, and where they stand: all that a checkpoint holds."""
 
@@ -367,8 +389,8 @@ class Cell:
         torch.manual_seed(seed_of(self.seed, "student"))
         texts = [text for example in data.splits["train"] for text in data.task.pair(example) if text]
         self.student = load_student(last) if saved else build_student(
-            config.student, labels, proj_dim, texts, orthogonal=config.orthogonal_student, labels=data.task.labels,
-            max_length=config.max_length)
+            config.student, labels, proj_dim, texts, orthogonal=config.orthogonal_student,
+            labels=data.task.labels, max_length=config.max_length)
         large = sum(p.numel() for p in self.student.lm.parameters()) > 300e6 and self.device.type == "cuda"
         if {"on": True, "off": False, "auto": large}[config.grad_checkpoint]:
             self.student.checkpoint_gradients()
@@ -376,7 +398,7 @@ class Cell:
         self.aligner = TSAligner(data.dim, labels, proj_dim=proj_dim) if is_distilled(config) else None
         self.models = {"aligner": self.aligner, "student": self.student}  # in the order of an epoch
         self.models = {role: model.to(self.device) for role, model in self.models.items() if model}
-        if data.task.kind == "regress" and not saved:  # a relu that starts below zero stays there: one seed in ten
+        if data.task.kind == "regress" and not saved:  # a relu starting below 0 stays there: one seed in ten
             for model in self.models.values():
                 for name, value in model.named_parameters():
                     if name.endswith("classifier.bias"):
@@ -388,13 +410,14 @@ class Cell:
         if saved:
             self.load(last)
         else:
-            (folder / "log.jsonl").write_text("")  # and forget a run that was killed before its first checkpoint
+            (folder / "log.jsonl").write_text("")  # forget a run that was killed before its first checkpoint
 
     def schedule(self):
         """Every step of the run in order: (epoch, role, step, rows of the batch)."""
         lengths = [len(row["input_ids"]) for row in self.data.rows["train"]]
         for epoch in range(self.config.epochs):
-            batches = length_grouped_batches(lengths, self.config.batch_size, seed_of(self.seed, "order", epoch))
+            batches = length_grouped_batches(lengths, self.config.batch_size,
+                                             seed_of(self.seed, "order", epoch))
             for role in self.models:
                 for step, rows in enumerate(batches):
                     yield epoch, role, step, rows
@@ -410,12 +433,12 @@ class Cell:
                 save_file({f"{i} {key}": value for i, moments in state for key, value in moments.items()},
                           new / f"{role}_optimizer.safetensors")
             write_json(new / "training.json", {
-                "done": self.done, "best": self.best, "seconds": self.seconds, "scaler": self.scaler.state_dict(),
-                "log": os.path.getsize(self.folder / "log.jsonl")})
+                "done": self.done, "best": self.best, "seconds": self.seconds,
+                "scaler": self.scaler.state_dict(), "log": os.path.getsize(self.folder / "log.jsonl")})
         replace_folder(self.folder / "last", write)
 
     def load(self, last):
-        """The reverse of save(). Log lines written after the checkpoint are cut off: they will be written again."""
+        """The reverse of save(). Log lines after the checkpoint are cut off: they will be written again."""
         state = json.loads((last / "training.json").read_text())
         self.done, self.best, self.seconds = state["done"], state["best"], state["seconds"]
         if self.scaler.is_enabled():
@@ -437,7 +460,7 @@ class Cell:
         return evaluation.score(self.data.task, self.data.splits[split], answers), answers
 
     def evaluate_aligner(self):
-        """The aligner's own dev metrics: what can be read off the teacher's vectors. None without an aligner."""
+        """The aligner's dev metrics: what can be read off the teacher's vectors. None without an aligner."""
         if self.aligner is None:
             return None
         with torch.inference_mode():
@@ -463,7 +486,7 @@ def run(cell):
         read_at = time.perf_counter()
         for count, (epoch, role, step, rows) in enumerate(cell.schedule(), 1):
             if count <= cell.done:
-                continue  # resumed: walk past what is done. Each step seeds itself, so skipping changes nothing.
+                continue  # resumed: walk past what is done. Each step seeds itself: skipping changes nothing.
             model, optimizer, values = cell.models[role].train(), cell.optimizers[role], {}
             scaler = cell.scaler if role == "student" else unscaled
             lr = cell.rates[role] * lr_factor(epoch * steps + step, config.epochs * steps)
@@ -481,9 +504,10 @@ def run(cell):
                         target = aligner.eval()(e) if aligner else None
                     with cell.autocast():
                         out = model(**{key: to_device(value, device) for key, value in x.items()})
-                    loss, parts = student_loss(out, target, y, alpha=config.alpha, beta=config.beta,
-                                               gamma=config.gamma, temperature=config.temperature, kind=config.loss)
-                share = len(part) / len(rows)  # of the batch: the mean is exact for a short last micro-batch too
+                    loss, parts = student_loss(
+                        out, target, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma,
+                        temperature=config.temperature, kind=config.loss)
+                share = len(part) / len(rows)  # of the batch: exact for a short last micro-batch too
                 scaler.scale(loss * share).backward()
                 for name, value in {**parts, "loss": loss}.items():
                     values[name] = values.get(name, 0) + share * value.detach()
@@ -493,8 +517,9 @@ def run(cell):
             scaler.update()
             optimizer.zero_grad()
             tokens = sum(len(data.rows["train"][i]["input_ids"]) for i in rows)
-            waiting.append(({**values, "grad_norm": norm}, {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
-                                     "tokens": tokens}))
+            waiting.append(({**values, "grad_norm": norm},
+                            {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
+                             "tokens": tokens}))
             cell.done, cell.seconds = count, time.perf_counter() - began
             end, stop = step + 1 == steps, bool(pressed)
             bar.update()
@@ -503,7 +528,8 @@ def run(cell):
                 cell.log(line)
                 bar.set_postfix({name: f"{line[name]:.3g}" for name in (*values, "tokens_per_second")})
                 waiting, read_at = [], time.perf_counter()
-            due = end and role == "student" and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs)
+            due = (end and role == "student"
+                   and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs))
             if due:
                 scores, _ = cell.evaluate()
                 cell.log({"epoch": epoch + 1, "dev": scores, "aligner": cell.evaluate_aligner()})
@@ -520,27 +546,29 @@ def run(cell):
 
 
 def finish(cell):
-    """Score the last epoch's student on every split, write predictions_* and metrics.json: the cell is finished."""
+    """Finish the cell: score the last epoch's student on all splits, write predictions_* and metrics.json."""
     config, data = cell.config, cell.data
     lines = [json.loads(line) for line in (cell.folder / "log.jsonl").read_text().splitlines()]
     norms = [(line["grad_norm"], line["steps"]) for line in lines if line.get("role") == "student"]
     # On the CPU the process's high-water mark; Linux counts it in KiB, macOS in bytes.
     peak = (torch.cuda.max_memory_allocated(cell.device) if cell.device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    metrics = {"task": data.task.name, "student": config.student, "teacher": data.teacher, "arm": config.arms[0],
-               "seed": cell.seed, "best": cell.best, "aligner": cell.evaluate_aligner(),
-               "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
-               "parameters": sum(p.numel() for p in cell.student.parameters()), "seconds": round(cell.seconds, 1),
-               "peak_memory_mib": peak >> 20}
+    metrics = {
+        "task": data.task.name, "student": config.student, "teacher": data.teacher, "arm": config.arms[0],
+        "seed": cell.seed, "best": cell.best, "aligner": cell.evaluate_aligner(),
+        "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
+        "parameters": sum(p.numel() for p in cell.student.parameters()), "seconds": round(cell.seconds, 1),
+        "peak_memory_mib": peak >> 20}
     for split in [split for split in data.splits if split != "train"]:
         metrics[split], answers = cell.evaluate(split)
         evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
     write_json(cell.folder / "metrics.json", metrics)
-    for path in [*(cell.folder / "last").glob("*optimizer.safetensors"), cell.folder / "last" / "training.json"]:
+    for path in [*(cell.folder / "last").glob("*optimizer.safetensors"),
+                 cell.folder / "last" / "training.json"]:
         path.unlink()  # twice the student's size, and never needed again
 
 
-# ---- the grid and the command line -----------------------------------------------------------------------------
+# ---- the grid and the command line -------------------------------------------------------------------------
 def free_folder(task):
     """runs/TASK, or the first runs/TASK-N that is not there: a second run never touches the first."""
     names = (f"runs/{task}" + (f"-{n}" if n > 1 else "") for n in range(1, sys.maxsize))
@@ -548,7 +576,7 @@ def free_folder(task):
 
 
 def train(config):
-    """Train every arm with every seed; returns {arm: {seed: metrics}}. A finished cell is read, not trained again.
+    """Train every arm with every seed -> {arm: {seed: metrics}}. A finished cell is read, not trained again.
 
     Raises UserError for whatever the caller can mend, before a model is loaded wherever that is possible.
     """
@@ -564,21 +592,24 @@ def train(config):
     if todo:
         if config.student != "tiny":
             check_available(config.student)
-        print(f"{config.task}: student {config.student}, teacher {config.teacher}, arms {', '.join(config.arms)}, seeds "
-              f"{', '.join(map(str, config.seeds))}, {precision(config)[-1]}, writing {out}", flush=True)
+        print(f"{config.task}: student {config.student}, teacher {config.teacher}, "
+              f"arms {', '.join(config.arms)}, seeds {', '.join(map(str, config.seeds))}, "
+              f"{precision(config)[-1]}, writing {out}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
         if not config.resume:  # first, so that --resume can start what never began
             write_json(out / "config.json", vars(config))
         data = Data(config)
     for seed, arm in todo:
-        cell, folder = dataclasses.replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm]), out / arm / str(seed)
+        cell, folder = (dataclasses.replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm]),
+                        out / arm / str(seed))
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", vars(cell))
         run(Cell(cell, data, folder))
         metrics, name = json.loads((folder / "metrics.json").read_text()), data.task.metrics[0]
-        print(f"seed {seed} {arm}: dev {name} {100 * metrics['dev'][name]:.1f} ({metrics['seconds']} s)", flush=True)
-    return {arm: {seed: json.loads((out / arm / str(seed) / "metrics.json").read_text()) for seed in config.seeds}
-            for arm in config.arms}
+        print(f"seed {seed} {arm}: dev {name} {100 * metrics['dev'][name]:.1f} ({metrics['seconds']} s)",
+              flush=True)
+    return {arm: {seed: json.loads((out / arm / str(seed) / "metrics.json").read_text())
+                  for seed in config.seeds} for arm in config.arms}
 
 
 def main(argv=None):
@@ -592,11 +623,11 @@ def main(argv=None):
     except UserError as error:
         fail(error)
     except torch.OutOfMemoryError:
-        fail("out of memory: try a smaller --micro-batch, --grad-checkpoint on, --amp bf16 or a smaller --max-length; "
-             f"what was saved is in {out}")
+        fail("out of memory: try a smaller --micro-batch, --grad-checkpoint on, --amp bf16 or a smaller "
+             f"--max-length; what was saved is in {out}")
     except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
-        fail(f"{getattr(error, 'filename', None) or out}: {getattr(error, 'strerror', None) or error}; what was saved is "
-             f"whole: mend this and --resume {out}")
+        fail(f"{getattr(error, 'filename', None) or out}: {getattr(error, 'strerror', None) or error}; "
+             f"what was saved is whole: mend this and --resume {out}")
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python train.py --resume {out}", file=sys.stderr)
         raise SystemExit(130) from None

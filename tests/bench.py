@@ -1,4 +1,5 @@
-"""Ratios, each measured in one run with interleaved steps and medians. Not a test: timings on a busy machine are noisy.
+"""Ratios, each measured in one run with interleaved steps and medians.
+Not a test: timings on a busy machine are noisy.
 
     python -m tests.bench                                           # a small random BERT and made-up texts
     python -m tests.bench ENCODER_FOLDER --data-dir FOLDER          # a local encoder on the real RTE
@@ -30,7 +31,8 @@ KW = dict(temperature=5.0, kind="manifold")
 
 
 def interleave(rounds, **steps):
-    """{name: median milliseconds}: the steps take turns, so that a slow second of the machine hits all of them."""
+    """{name: median milliseconds}: the steps take turns,
+    so that a slow second of the machine hits all of them."""
     times = {name: [] for name in steps}
     for i in range(rounds + 1):
         for name, step in steps.items():
@@ -41,7 +43,8 @@ def interleave(rounds, **steps):
 
 
 def report(what, medians, top, bottom):
-    print(f"{what:<66} {medians[top] / medians[bottom]:6.3f}   ({medians[top]:.1f} ms / {medians[bottom]:.1f} ms)", flush=True)
+    print(f"{what:<66} {medians[top] / medians[bottom]:6.3f}   "
+          f"({medians[top]:.1f} ms / {medians[bottom]:.1f} ms)", flush=True)
 
 
 def peak_kib():
@@ -73,20 +76,29 @@ class ExponentialProjection(torch.nn.Module):
 
 
 def texts_of(args):
-    """(student factory, training rows): RTE and a real encoder where they are given, else made-up sentences."""
+    """(student factory, training rows): RTE and a real encoder where given, else made-up sentences."""
     if args.encoder:
-        student = lambda: build_student(args.encoder, 2, 1024)
+        def student():
+            return build_student(args.encoder, 2, 1024)
+
         examples = load_task("rte", args.data_dir)["train"][:1600]
     else:
         rng = random.Random(0)
         words = [f"word{i}" for i in range(500)]
-        sentence = lambda n: " ".join(rng.choice(words) for _ in range(n))
-        examples = [Example({"premise": sentence(min(100, int(rng.lognormvariate(3.5, 0.7)))), "hypothesis": sentence(10)},
-                            rng.randint(0, 1), i, f"made:{i}") for i in range(1600)]
+
+        def sentence(n):
+            return " ".join(rng.choice(words) for _ in range(n))
+
+        examples = [Example({"premise": sentence(min(100, int(rng.lognormvariate(3.5, 0.7)))),
+                             "hypothesis": sentence(10)}, rng.randint(0, 1), i, f"made:{i}")
+                    for i in range(1600)]
         _, tokenizer = _tiny([" ".join(words)])
-        config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
-                                         intermediate_size=1024)
-        student = lambda: Student(transformers.BertModel(config), tokenizer, 2, 1024)
+        config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=4,
+                                         num_attention_heads=4, intermediate_size=1024)
+
+        def student():
+            return Student(transformers.BertModel(config), tokenizer, 2, 1024)
+
     rows, _ = encode(TASKS["rte"], examples, student().tokenizer, 128, False)
     return student, rows, torch.tensor([example.label for example in examples])
 
@@ -96,20 +108,26 @@ def main():
     parser.add_argument("encoder", nargs="?", help="Local folder of a pretrained encoder.")
     parser.add_argument("--data-dir", help="Folder that holds RTE/.")
     parser.add_argument("--rounds", type=int, default=10, help="Steps of each kind.")
-    parser.add_argument("--memory", choices=("on", "off"), help=argparse.SUPPRESS)  # one child process a setting
+    parser.add_argument("--memory", choices=("on", "off"), help=argparse.SUPPRESS)  # one process a setting
     args = parser.parse_args()
     build, rows, labels = texts_of(args)
-    pad, batches = build().tokenizer.pad_token_id, length_grouped_batches([len(r["input_ids"]) for r in rows], 32, 0)
-    batch = lambda i: (collate([rows[j] for j in batches[i % len(batches)]], pad), labels[batches[i % len(batches)]])
+    pad, batches = build().tokenizer.pad_token_id, length_grouped_batches(
+        [len(r["input_ids"]) for r in rows], 32, 0)
+
+    def batch(i):
+        return collate([rows[j] for j in batches[i % len(batches)]], pad), labels[batches[i % len(batches)]]
+
     vectors = torch.randn(len(rows), 1024)
 
-    if args.memory:  # peak memory of this process, with gradient checkpointing on or off, on the longest texts
+    if args.memory:
+        # Peak memory of this process, with gradient checkpointing on or off, on the longest texts.
         student = build().train()
         if args.memory == "on":
             student.checkpoint_gradients()
         longest = sorted(range(len(rows)), key=lambda j: -len(rows[j]["input_ids"]))[:64]
         x, y = collate([rows[j] for j in longest], pad), labels[longest]
-        student_loss(student(**collate([rows[0]] * 2, pad)), None, labels[:2], alpha=0, beta=0, gamma=1, **KW)[0].backward()
+        student_loss(student(**collate([rows[0]] * 2, pad)), None, labels[:2], alpha=0, beta=0, gamma=1,
+                     **KW)[0].backward()
         before = peak_kib()
         student_loss(student(**x), None, y, alpha=0, beta=0, gamma=1, **KW)[0].backward()
         print(peak_kib() - before)
@@ -123,7 +141,8 @@ def main():
     def aligner_step(aligner):
         return lambda i: optimizer_step(aligner, aligner_loss(aligner(vectors[:32]), labels[:32], 1.0))
 
-    medians = interleave(max(3, args.rounds // 3), exponential=aligner_step(theirs), reflections=aligner_step(ours))
+    medians = interleave(max(3, args.rounds // 3), exponential=aligner_step(theirs),
+                         reflections=aligner_step(ours))
     report("aligner step: matrix exponential / Householder", medians, "exponential", "reflections")
 
     # 2. What distillation adds to a student's step: the frozen aligner's forward pass and two losses.
@@ -134,17 +153,20 @@ def main():
             x, y = batch(i)
             with torch.no_grad():
                 target = ours.eval()(vectors[batches[i % len(batches)]]) if teacher else None
-            optimizer_step(model, student_loss(model(**x), target, y, alpha=alpha, beta=beta, gamma=gamma, **KW)[0])
+            optimizer_step(model, student_loss(
+                model(**x), target, y, alpha=alpha, beta=beta, gamma=gamma, **KW)[0])
         return step
 
     plain, armada = student_step(0, 0, 0, False), student_step(0.5, 1.0, 1.0, True)
     medians = interleave(2 * args.rounds, armada=armada, undistilled=plain)
     report("student step: armada / undistilled", medians, "armada", "undistilled")
 
-    # 3. Batches padded to their longest text, against all padded to 128 tokens. Sums, since batches differ in length.
+    # 3. Batches padded to their longest text, against all padded to 128 tokens.
+    # Sums, since batches differ in length.
     def padded(i):
         x, y = batch(i)
-        x = {k: torch.nn.functional.pad(v, (0, 128 - v.size(1)), value=pad if k == "input_ids" else 0) for k, v in x.items()}
+        x = {k: torch.nn.functional.pad(v, (0, 128 - v.size(1)), value=pad if k == "input_ids" else 0)
+             for k, v in x.items()}
         optimizer_step(student, student_loss(student(**x), None, y, alpha=0, beta=0, gamma=0, **KW)[0])
 
     sums = {"grouped": 0.0, "padded": 0.0}
@@ -164,9 +186,10 @@ def main():
     report("student step: checkpointing on / off", medians, "on", "off")
     command = [sys.executable, "-m", "tests.bench", *([args.encoder] if args.encoder else []),
                *(["--data-dir", args.data_dir] if args.data_dir else [])]
-    on, off = (int(subprocess.run([*command, "--memory", setting], capture_output=True, text=True, check=True).stdout.split()[-1])
-               for setting in ("on", "off"))
-    print(f"{'memory added by a step of 64 long texts: checkpointing on / off':<66} {on / off:6.3f}   ({on >> 10} MiB / {off >> 10} MiB)")
+    on, off = (int(subprocess.run([*command, "--memory", setting], capture_output=True, text=True, check=True)
+                   .stdout.split()[-1]) for setting in ("on", "off"))
+    print(f"{'memory added by a step of 64 long texts: checkpointing on / off':<66} {on / off:6.3f}   "
+          f"({on >> 10} MiB / {off >> 10} MiB)")
 
 
 def trainer_ratio(args, build, rows, labels, pad):
@@ -191,26 +214,30 @@ def trainer_ratio(args, build, rows, labels, pad):
         return {**collate([row for row, _ in items], pad), "labels": torch.stack([y for _, y in items])}
 
     count = min(len(rows), 32 * args.rounds)
-    config = training.resolve(training.Config(task="rte", student="tiny", teacher="painter", arms="undistilled", epochs=1))
+    config = training.resolve(training.Config(task="rte", student="tiny", teacher="painter",
+                                              arms="undistilled", epochs=1))
     config = dataclasses.replace(config, **training.ARMS["undistilled"])
     example = Example({"premise": "", "hypothesis": ""}, 0, 0, "")
-    data = SimpleNamespace(task=TASKS["rte"], splits={"train": [example]}, rows={"train": rows[:count]}, labels=labels[:count],
-                           dim=1024, pairing=lambda *_: None, encode=lambda *_: None)
+    data = SimpleNamespace(task=TASKS["rte"], splits={"train": [example]}, rows={"train": rows[:count]},
+                           labels=labels[:count], dim=1024, pairing=lambda *_: None, encode=lambda *_: None)
     training.build_student, training.finish = lambda *a, **k: build(), lambda cell: None
     with tempfile.TemporaryDirectory() as folder:
         cell = training.Cell(config, data, Path(folder))
-        cell.evaluate, cell.best, cell.save = lambda: ({"accuracy": 0}, None), {"dev": {"accuracy": 1}}, lambda: None
+        cell.evaluate, cell.best, cell.save = (
+            lambda: ({"accuracy": 0}, None), {"dev": {"accuracy": 1}}, lambda: None)
 
         def ours(_):  # the very loop of train.py, without its evaluation and its files
             cell.done = 0
             training.run(cell)
 
         settings = transformers.TrainingArguments(
-            folder, num_train_epochs=1, per_device_train_batch_size=32, report_to=[], save_strategy="no", disable_tqdm=True,
-            logging_strategy="no", learning_rate=2e-5, weight_decay=0.01, max_grad_norm=1.0, use_cpu=True,
-            remove_unused_columns=False, dataloader_pin_memory=False, optim="adamw_torch_fused")
+            folder, num_train_epochs=1, per_device_train_batch_size=32, report_to=[], save_strategy="no",
+            disable_tqdm=True, logging_strategy="no", learning_rate=2e-5, weight_decay=0.01,
+            max_grad_norm=1.0, use_cpu=True, remove_unused_columns=False, dataloader_pin_memory=False,
+            optim="adamw_torch_fused")
         dataset = [(rows[i], labels[i]) for i in range(count)]
-        trainer = transformers.Trainer(model=ForTrainer(), args=settings, train_dataset=dataset, data_collator=collator)
+        trainer = transformers.Trainer(model=ForTrainer(), args=settings, train_dataset=dataset,
+                                       data_collator=collator)
         trainer.remove_callback(transformers.PrinterCallback)
         medians = interleave(3, ours=ours, trainer=lambda _: trainer.train())
     report("an epoch: ours / transformers' Trainer", medians, "ours", "trainer")

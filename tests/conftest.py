@@ -10,7 +10,8 @@ from data import TASKS
 
 torch.set_num_threads(1)  # as the command line does for small models: sums in another order round otherwise
 
-TEXTS = ["a man is sleeping on the red sofa", "two dogs run after the small ball", "nobody is awake", "it rains , they stay"]
+TEXTS = ["a man is sleeping on the red sofa", "two dogs run after the small ball", "nobody is awake",
+         "it rains , they stay"]
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 
 
@@ -19,15 +20,17 @@ def family_config(family, vocab):
     if family == "bert":
         return transformers.BertConfig(vocab_size=vocab, intermediate_size=64, **SMALL)
     if family == "roberta":
-        return transformers.RobertaConfig(vocab_size=vocab, intermediate_size=64, pad_token_id=0, max_position_embeddings=80, **SMALL)
+        return transformers.RobertaConfig(vocab_size=vocab, intermediate_size=64, pad_token_id=0,
+                                          max_position_embeddings=80, **SMALL)
     if family == "deberta-v2":
         return transformers.DebertaV2Config(vocab_size=vocab, intermediate_size=64, relative_attention=True,
                                             pos_att_type=["c2p", "p2c"], max_position_embeddings=80, **SMALL)
     if family == "opt":
-        return transformers.OPTConfig(vocab_size=vocab, ffn_dim=64, max_position_embeddings=80, word_embed_proj_dim=16,
-                                      pad_token_id=0, bos_token_id=2, eos_token_id=3, **SMALL)
-    return transformers.LlamaConfig(vocab_size=vocab, intermediate_size=64, num_key_value_heads=2, max_position_embeddings=80,
-                                    bos_token_id=2, eos_token_id=3, **SMALL)
+        return transformers.OPTConfig(vocab_size=vocab, ffn_dim=64, max_position_embeddings=80,
+                                      word_embed_proj_dim=16, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+                                      **SMALL)
+    return transformers.LlamaConfig(vocab_size=vocab, intermediate_size=64, num_key_value_heads=2,
+                                    max_position_embeddings=80, bos_token_id=2, eos_token_id=3, **SMALL)
 
 
 FAMILIES = ("bert", "roberta", "deberta-v2", "opt", "llama")
@@ -35,7 +38,7 @@ FAMILIES = ("bert", "roberta", "deberta-v2", "opt", "llama")
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """family -> a local folder with random weights and a word-level tokenizer, as save_pretrained writes it."""
+    """family -> a folder with random weights and a word-level tokenizer, as save_pretrained writes it."""
     made = {}
 
     def make(family, dtype=torch.float32):
@@ -45,7 +48,8 @@ def model_folder(tmp_path_factory):
             if family in ("opt", "llama", "roberta"):
                 tokenizer.model_input_names = ["input_ids", "attention_mask"]
             torch.manual_seed(0)
-            transformers.AutoModel.from_config(family_config(family, len(tokenizer))).to(dtype).save_pretrained(folder)
+            transformers.AutoModel.from_config(
+                family_config(family, len(tokenizer))).to(dtype).save_pretrained(folder)
             if family == "llama":  # whose hub folders have no pad token
                 tokenizer.pad_token = None
             tokenizer.save_pretrained(folder)
@@ -56,9 +60,9 @@ def model_folder(tmp_path_factory):
 
 
 def official_row(task, form, i, label):
-    """Row i of a made-up official file: each text column holds words of its own, so that a lost one is noticed."""
-    row = {task.columns.get(name, name) if form == "tsv" else name: f"{name.replace('_', '')}word{i} stands here ."
-           for name in task.fields}
+    """Row i of a made-up official file: each text column holds its own words, so a lost one is noticed."""
+    row = {task.columns.get(name, name) if form == "tsv" else name:
+           f"{name.replace('_', '')}word{i} stands here ." for name in task.fields}
     if task.name == "copa":
         row["question"] = ("cause", "effect")[i % 2]
     if task.name == "wsc":
@@ -77,7 +81,8 @@ def write_official(task, root, counts={"train": 12, "dev": 6, "test": 3}):
     folder.mkdir(parents=True, exist_ok=True)
     names = {"train": "train", "dev": "val" if form == "jsonl" else "dev", "test": "test"}
     if task.name == "mnli":
-        names = {"train": "train", "dev": "dev_matched", "dev_mismatched": "dev_mismatched", "test": "test_matched"}
+        names = {"train": "train", "dev": "dev_matched", "dev_mismatched": "dev_mismatched",
+                 "test": "test_matched"}
     for split, name in names.items():
         rows = []
         for i in range(counts.get(split, 4)):
@@ -93,7 +98,8 @@ def write_official(task, root, counts={"train": 12, "dev": 6, "test": 3}):
         elif task.name == "cola" and split != "test":  # no header line, four columns
             text = "".join(f"gj04\t{row['label']}\t\t{row['sentence']}\n" for row in rows)
         else:
-            text = "".join("\t".join(line) + "\n" for line in [list(rows[0]), *(row.values() for row in rows)])
+            text = "".join("\t".join(line) + "\n"
+                           for line in [list(rows[0]), *(row.values() for row in rows)])
         bom = "\ufeff" if task.name == "mrpc" else ""
         (folder / f"{name}.{form}").write_text(bom + text, encoding="utf-8")
     return str(root)

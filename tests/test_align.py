@@ -54,16 +54,19 @@ def test_at_full_width_the_projection_keeps_every_length_and_angle_of_the_teache
 
 
 def test_turning_projection_and_head_together_changes_no_logit():
-    """The gauge: (C', P) and (C' R^T, R P) are the same function of e for any orthogonal R, so L_A cannot tell them
-    apart, and restricting P to few reflections costs L_A nothing as long as C' can follow."""
-    C, P = torch.randn(3, 16, dtype=torch.float64), torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0]
-    R, e = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0], torch.randn(8, 16, dtype=torch.float64)
+    """The gauge: (C', P) and (C' R^T, R P) are the same function of e for any orthogonal R, so L_A cannot
+    tell them apart, and restricting P to few reflections costs L_A nothing as long as C' can follow."""
+    C, P = (torch.randn(3, 16, dtype=torch.float64),
+            torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0])
+    R, e = (torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0],
+            torch.randn(8, 16, dtype=torch.float64))
     torch.testing.assert_close((e @ P.T) @ C.T, (e @ (R @ P).T) @ (C @ R.T).T)
 
 
 def test_C_reflections_carry_any_C_frame_to_any_other():
-    """Reflecting along u_i - w_i sends u_i to w_i and, as both are orthogonal to the frame vectors already in place,
-    leaves those where they are. So with k >= C reflections P_t can send the C directions that matter anywhere."""
+    """Reflecting along u_i - w_i sends u_i to w_i and, as both are orthogonal to the frame vectors already in
+    place, leaves those where they are. So with k >= C reflections P_t can send the C directions that matter
+    anywhere."""
     n, C = 20, 4
     u, w = (torch.linalg.qr(torch.randn(n, C, dtype=torch.float64))[0].T for _ in range(2))
     projection, x = Householder(n, n, C).double(), u.clone()
@@ -77,17 +80,20 @@ def test_C_reflections_carry_any_C_frame_to_any_other():
 def test_gradients_of_the_projection_agree_with_finite_differences():
     projection = Householder(6, 4, 3).double()
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, v: torch.func.functional_call(projection, {"v": v}, x), (x, projection.v))
+    assert torch.autograd.gradcheck(lambda x, v: torch.func.functional_call(projection, {"v": v}, x),
+                                    (x, projection.v))
 
 
 def test_the_forward_pass_is_the_papers_formula():
     aligner, e = TSAligner(10, 3, hidden_dim=8, proj_dim=6).eval(), torch.randn(4, 10)
     out = aligner(e)
-    h = torch.relu(torch.relu(e @ aligner.w1.weight.T + aligner.w1.bias) @ aligner.w2.weight.T + aligner.w2.bias)
+    h = torch.relu(torch.relu(e @ aligner.w1.weight.T + aligner.w1.bias) @ aligner.w2.weight.T
+                   + aligner.w2.bias)
     p = e @ matrix(aligner.projection).T
     torch.testing.assert_close(out.logits, h @ aligner.classifier.weight.T + aligner.classifier.bias)
     torch.testing.assert_close(out.proj, p)
-    torch.testing.assert_close(out.aux_logits, p @ aligner.aux_classifier.weight.T + aligner.aux_classifier.bias)
+    torch.testing.assert_close(out.aux_logits,
+                               p @ aligner.aux_classifier.weight.T + aligner.aux_classifier.bias)
     assert [tuple(x.shape) for x in out] == [(4, 3), (4, 3), (4, 6)]
 
 
@@ -106,7 +112,8 @@ def test_the_projection_width_defaults_to_the_teachers_and_cannot_exceed_it():
 
 
 def test_the_aligner_learns_what_only_its_hidden_layers_can_see():
-    """A sign that depends on a product of two coordinates: the linear auxiliary head is at chance, the main head is not."""
+    """A sign that depends on a product of two coordinates: the linear auxiliary head is at chance,
+    the main head is not."""
     e = torch.randn(400, 8)
     y, aligner = (e[:, 0] * e[:, 1] > 0).long(), TSAligner(8, 2, dropout=0.0)
     optimizer = torch.optim.AdamW(aligner.parameters(), lr=3e-3)
@@ -115,4 +122,5 @@ def test_the_aligner_learns_what_only_its_hidden_layers_can_see():
         aligner_loss(aligner(e), y, 1.0).backward()
         optimizer.step()
     out = aligner(e)
-    assert (out.logits.argmax(-1) == y).float().mean() > 0.95 > 0.7 > (out.aux_logits.argmax(-1) == y).float().mean()
+    assert ((out.logits.argmax(-1) == y).float().mean() > 0.95 > 0.7
+            > (out.aux_logits.argmax(-1) == y).float().mean())

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: mixed precision with a real GradScaler, peak memory. Skipped elsewhere."""
+"""What only a CUDA device shows: mixed precision with a real GradScaler, peak memory. Skipped elsewhere."""
 import json
 
 import pytest
@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 def test_each_precision_trains_and_stays_close_to_float32(amp, tmp_path):
     if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this GPU has no bf16")
-    flags = dict(task="objects", epochs=1, limit=40, arms="armada", seeds="0", device="cuda", grad_checkpoint="on")
+    flags = dict(task="objects", epochs=1, limit=40, arms="armada", seeds="0", device="cuda",
+                 grad_checkpoint="on")
     losses = {}
     for setting in ("off", amp):
         out = tmp_path / setting

@@ -22,14 +22,15 @@ UNDERSTANDING = [name for name in TASKS if name != "objects"]
 
 # Written by hand, not read from the registry: what each task's files hold and the student must see.
 TEXT_COLUMNS = {
-    "cola": {"sentence"}, "sst2": {"sentence"}, "mrpc": {"sentence1", "sentence2"}, "stsb": {"sentence1", "sentence2"},
-    "qqp": {"question1", "question2"}, "mnli": {"sentence1", "sentence2"}, "qnli": {"question", "sentence"},
-    "rte": {"premise", "hypothesis"}, "wnli": {"sentence1", "sentence2"}, "boolq": {"question", "passage"},
-    "cb": {"premise", "hypothesis"}, "copa": {"premise", "question", "choice1", "choice2"},
-    "wic": {"word", "sentence1", "sentence2"}, "wsc": {"text", "span1_text", "span2_text"}}
+    "cola": {"sentence"}, "sst2": {"sentence"}, "mrpc": {"sentence1", "sentence2"},
+    "stsb": {"sentence1", "sentence2"}, "qqp": {"question1", "question2"}, "mnli": {"sentence1", "sentence2"},
+    "qnli": {"question", "sentence"}, "rte": {"premise", "hypothesis"}, "wnli": {"sentence1", "sentence2"},
+    "boolq": {"question", "passage"}, "cb": {"premise", "hypothesis"},
+    "copa": {"premise", "question", "choice1", "choice2"}, "wic": {"word", "sentence1", "sentence2"},
+    "wsc": {"text", "span1_text", "span2_text"}}
 
 
-# ---- official files --------------------------------------------------------------------------------------------
+# ---- official files ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", UNDERSTANDING)
 def test_every_field_reaches_student_and_teacher_and_the_label_reaches_neither(name, official):
     task, splits = TASKS[name], load_task(name, official)
@@ -60,9 +61,11 @@ def test_mnli_has_two_dev_sets(official):
 def test_mrpc_is_read_past_its_byte_order_mark_and_quotes_are_part_of_the_text(tmp_path):
     root = write_official(TASKS["mrpc"], tmp_path)
     path = tmp_path / "MRPC" / "train.tsv"
-    path.write_text(path.read_text(encoding="utf-8").replace("sentence1word0 stands", '" sentence1word0 stands'), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace(
+        "sentence1word0 stands", '" sentence1word0 stands'), encoding="utf-8")
     splits = load_task("mrpc", root)
-    assert splits["train"][0].fields["sentence1"] == '" sentence1word0 stands here .' and len(splits["train"]) == 12
+    assert (splits["train"][0].fields["sentence1"] == '" sentence1word0 stands here .'
+            and len(splits["train"]) == 12)
 
 
 def test_rte_prefers_the_jsonl_form_and_reads_the_tsv_form_where_it_is_alone(tmp_path):
@@ -84,13 +87,15 @@ def test_wsc_marks_both_spans_in_place_and_asks_with_the_span_texts(tmp_path):
     for name in ("train.jsonl", "val.jsonl"):
         (tmp_path / "WSC" / name).write_text(json.dumps(row) + "\n")
     example = load_task("wsc", tmp_path)["train"][0]
-    assert TASKS["wsc"].pair(example) == ("Then  the\n[tall man,] said Ann's aunt, lost *his* hat.", "his refers to tall man")
+    assert TASKS["wsc"].pair(example) == (
+        "Then  the\n[tall man,] said Ann's aunt, lost *his* hat.", "his refers to tall man")
     assert (example.label, example.idx) == (1, 7)
 
 
 def test_copa_tells_cause_from_effect_and_offers_both_choices(official):
     first, second = load_task("copa", official)["train"][:2]
-    assert "What was the cause?" in TASKS["copa"].pair(first)[0] and "What was the effect?" in TASKS["copa"].pair(second)[0]
+    assert ("What was the cause?" in TASKS["copa"].pair(first)[0]
+            and "What was the effect?" in TASKS["copa"].pair(second)[0])
     assert all(f"choice{n}word0" in TASKS["copa"].pair(first)[1] for n in (1, 2))
 
 
@@ -102,11 +107,13 @@ def edit(old, new):
     ("rte", lambda text: "", "has no rows"),
     ("rte", lambda text: text[:-20], r"train.jsonl:12 is not JSON"),
     ("rte", edit('"premise"', '"prem"'), r"train.jsonl:1 has no text 'premise'"),
-    ("rte", edit('"entailment"', '"perhaps"'), r"train.jsonl:1 has the label 'perhaps' in column label: expected one of entailment, not_entailment"),
+    ("rte", edit('"entailment"', '"perhaps"'),
+     r"train.jsonl:1 has the label 'perhaps' in column label: expected one of entailment, not_entailment"),
     ("rte", lambda text: "[]\n" + text, "train.jsonl:1 is not a JSON object"),
     ("sst2", edit("\t1\n", "\n"), r"train.tsv:3 has 1 columns, not 2: sentence, label"),
     ("cola", edit("\t1\t", "\t7\t"), r"train.tsv:2 has the label '7' in column label: expected one of 0, 1"),
-    ("stsb", edit("0.900", "5.9"), r"train.tsv:3 has the label '5.9' in column score: expected a number from 0 to 5"),
+    ("stsb", edit("0.900", "5.9"),
+     r"train.tsv:3 has the label '5.9' in column score: expected a number from 0 to 5"),
     ("stsb", edit("0.900", "high"), r"train.tsv:3 has the label 'high'"),
     ("wsc", edit('"span2_index": 4', '"span2_index": 99'), r"train.jsonl:1 has no text with two spans")])
 def test_a_damaged_file_is_named_with_its_line(tmp_path, name, change, says):
@@ -156,7 +163,8 @@ def test_an_archive_is_fetched_once_and_unpacked(archive_server, tmp_path, monke
     archive_server.body = packed.getvalue()
     monkeypatch.setitem(data.ARCHIVES, "rte", archive_server.url)
     folder = data.download(TASKS["rte"], tmp_path / "cache")
-    assert len(load_task("rte", folder)["train"]) == 12 and [path.name for path in folder.iterdir()] == ["RTE"]
+    assert (len(load_task("rte", folder)["train"]) == 12
+            and [path.name for path in folder.iterdir()] == ["RTE"])
     archive_server.status = 500
     assert data.download(TASKS["rte"], tmp_path / "cache") == folder  # nothing is asked a second time
     with pytest.raises(UserError, match=r"\(12, 6\) rows in train and dev, not \(2490, 277\)"):
@@ -164,7 +172,8 @@ def test_an_archive_is_fetched_once_and_unpacked(archive_server, tmp_path, monke
 
 
 @pytest.mark.parametrize("status, body", [(404, b""), (200, b"PK half of a zip file")])
-def test_an_archive_that_cannot_be_had_is_one_line_and_leaves_nothing(archive_server, tmp_path, monkeypatch, status, body):
+def test_an_archive_that_cannot_be_had_is_one_line_and_leaves_nothing(
+        archive_server, tmp_path, monkeypatch, status, body):
     archive_server.status, archive_server.body = status, body
     monkeypatch.setitem(data.ARCHIVES, "rte", archive_server.url)
     with pytest.raises(UserError, match="could not fetch http://127.0.0.1.*give --data-dir FOLDER"):
@@ -172,9 +181,10 @@ def test_an_archive_that_cannot_be_had_is_one_line_and_leaves_nothing(archive_se
     assert list((tmp_path / "data").iterdir()) == []
 
 
-# ---- objects -----------------------------------------------------------------------------------------------------
+# ---- objects -----------------------------------------------------------------------------------------------
 def test_objects_shares_no_pair_between_splits_in_either_order_and_shows_every_object_in_training():
-    pairs = {split: [frozenset(w for w in e.fields["text"].replace("?", "").replace(":", "").split() if w in OBJECTS) for e in examples]
+    pairs = {split: [frozenset(w for w in e.fields["text"].replace("?", "").replace(":", "").split()
+                               if w in OBJECTS) for e in examples]
              for split, examples in load_task("objects").items()}
     assert all(len(pair) == 2 for split in pairs.values() for pair in split)
     everything = pairs["train"] + pairs["dev"] + pairs["test"]
@@ -184,11 +194,13 @@ def test_objects_shares_no_pair_between_splits_in_either_order_and_shows_every_o
 
 def test_objects_labels_say_whether_the_first_named_object_is_the_larger_by_a_quarter_at_least():
     for example in load_task("objects")["dev"]:
-        first, second = [OBJECTS[w][0] for w in example.fields["text"].replace("?", "").replace(":", "").split() if w in OBJECTS]
+        first, second = [OBJECTS[w][0]
+                         for w in example.fields["text"].replace("?", "").replace(":", "").split()
+                         if w in OBJECTS]
         assert example.label == (first > second) and max(first, second) >= 1.25 * min(first, second)
 
 
-# ---- shortening --------------------------------------------------------------------------------------------------
+# ---- shortening --------------------------------------------------------------------------------------------
 WORDS = [f"w{i}" for i in range(300)]
 
 
@@ -209,7 +221,7 @@ def test_a_long_text_loses_the_end_of_its_longest_field_and_nothing_else(tokeniz
     assert shortened == 1 and len(words) == 40
     assert [w for w in words if w in WORDS[200:]] == WORDS[200:210]  # the hypothesis is whole
     kept = [w for w in words if w in WORDS[:200]]
-    assert kept == WORDS[:len(kept)] and len(kept) >= 27              # the premise is a prefix, as long as fits
+    assert kept == WORDS[:len(kept)] and len(kept) >= 27  # the premise is a prefix, as long as fits
 
 
 def test_two_long_fields_are_shortened_to_about_equal_length(tokenizer):
@@ -221,7 +233,8 @@ def test_two_long_fields_are_shortened_to_about_equal_length(tokenizer):
 
 
 def test_the_question_and_the_templates_own_words_are_never_shortened(tokenizer):
-    example = example_of("copa", premise=" ".join(WORDS[:90]), question="cause", choice1=" ".join(WORDS[90:180]), choice2="w299")
+    example = example_of("copa", premise=" ".join(WORDS[:90]), question="cause",
+                         choice1=" ".join(WORDS[90:180]), choice2="w299")
     rows, _ = encode(TASKS["copa"], [example], tokenizer, 32, False)
     text = tokenizer.decode(rows[0]["input_ids"])
     assert "what was the cause ?" in text and "1 :" in text and "2 : w299" in text
@@ -246,17 +259,19 @@ def test_an_emoji_of_several_byte_tokens_can_be_cut_off():
     raw = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
-    rows, shortened = encode(TASKS["cola"], [example_of("cola", sentence="good \U0001F600")], byte_level, 8, True)
+    rows, shortened = encode(
+        TASKS["cola"], [example_of("cola", sentence="good \U0001F600")], byte_level, 8, True)
     assert shortened == 1 and "".join(byte_level.convert_ids_to_tokens(rows[0]["input_ids"])) == "good"
 
 
 def test_an_empty_second_text_costs_the_others_nothing(tokenizer):
-    examples = [example_of("rte", premise="w1", hypothesis=""), example_of("rte", premise="w2", hypothesis="w3")]
+    examples = [example_of("rte", premise="w1", hypothesis=""),
+                example_of("rte", premise="w2", hypothesis="w3")]
     rows, _ = encode(TASKS["rte"], examples, tokenizer, 20, False)
     assert rows[1]["input_ids"] == tokenizer("w2", "w3")["input_ids"]
 
 
-# ---- batches -----------------------------------------------------------------------------------------------------
+# ---- batches -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n, batch_size", [(100, 8), (7, 8), (8, 8), (1000, 32)])
 def test_every_row_comes_exactly_once_and_only_one_batch_is_short(n, batch_size):
     lengths = [random.Random(i).randint(5, 100) for i in range(n)]
@@ -276,8 +291,12 @@ def test_grouping_saves_most_of_the_padding():
     lengths = [random.Random(i).randint(5, 100) for i in range(1000)]
     order = list(range(1000))
     random.Random(0).shuffle(order)
-    padding = lambda batches: sum(max(lengths[r] for r in b) * len(b) - sum(lengths[r] for r in b) for b in batches)
-    assert padding(length_grouped_batches(lengths, 16, 0)) < 0.25 * padding([order[i:i + 16] for i in range(0, 1000, 16)])
+
+    def padding(batches):
+        return sum(max(lengths[r] for r in b) * len(b) - sum(lengths[r] for r in b) for b in batches)
+
+    assert padding(length_grouped_batches(lengths, 16, 0)) < 0.25 * padding(
+        [order[i:i + 16] for i in range(0, 1000, 16)])
 
 
 def test_collate_pads_to_the_longest_row_of_the_batch_and_masks_the_padding():

@@ -18,7 +18,8 @@ def test_accuracy_and_binary_f1_from_counts():
 
 
 def test_cbs_f1_is_the_mean_over_the_classes_seen():
-    """Class 0: F1 2/3 (one hit, one false alarm); class 1: 0 (one miss); class 2, never seen, does not count as 0."""
+    """Class 0: F1 2/3 (one hit, one false alarm); class 1: 0 (one miss);
+    class 2, never seen, does not count as 0."""
     assert compute_metrics("cb", [0, 0], [0, 1])["f1"] == pytest.approx((2 / 3 + 0) / 2)
     assert compute_metrics("cb", [0, 1, 2], [0, 1, 2]) == {"accuracy": 1.0, "f1": 1.0}
 
@@ -32,7 +33,8 @@ def test_matthews_correlation_from_the_four_counts():
 
 def test_pearson_sees_a_line_and_spearman_any_order():
     labels = [0.0, 1.0, 2.0, 3.0, 5.0]
-    assert compute_metrics("stsb", [2 * y + 1 for y in labels], labels) == pytest.approx({"pearson": 1, "spearman": 1})
+    assert compute_metrics("stsb", [2 * y + 1 for y in labels], labels) == pytest.approx(
+        {"pearson": 1, "spearman": 1})
     bent = compute_metrics("stsb", [-math.exp(y) for y in labels], labels)
     assert bent["spearman"] == pytest.approx(-1) and -1 < bent["pearson"] < -0.8
 
@@ -42,7 +44,8 @@ def test_spearman_gives_equal_values_the_mean_of_their_ranks():
     ranks, labels = [1, 2.5, 2.5, 4], [1, 2, 3, 4]
     dot = sum((a - 2.5) * (b - 2.5) for a, b in zip(ranks, labels))
     expected = dot / math.sqrt(sum((a - 2.5) ** 2 for a in ranks) * sum((b - 2.5) ** 2 for b in labels))
-    assert compute_metrics("stsb", [1.0, 2.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0])["spearman"] == pytest.approx(expected)
+    assert (compute_metrics("stsb", [1.0, 2.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0])["spearman"]
+            == pytest.approx(expected))
 
 
 def test_undefined_values_are_0():
@@ -58,9 +61,11 @@ def test_lists_that_do_not_match_are_refused(predictions, labels):
 
 
 @pytest.mark.parametrize("name, first", [
-    ("rte", '{"idx": 0, "label": "not_entailment"}'), ("cb", '{"idx": 0, "label": "neutral"}'), ("copa", '{"idx": 0, "label": 1}'),
-    ("boolq", '{"idx": 0, "label": "true"}'), ("wic", '{"idx": 0, "label": "true"}'), ("wsc", '{"idx": 0, "label": "True"}'),
-    ("mnli", "0\tneutral"), ("qnli", "0\tnot_entailment"), ("cola", "0\t1"), ("mrpc", "0\t1"), ("stsb", "0\t1.000")])
+    ("rte", '{"idx": 0, "label": "not_entailment"}'), ("cb", '{"idx": 0, "label": "neutral"}'),
+    ("copa", '{"idx": 0, "label": 1}'), ("boolq", '{"idx": 0, "label": "true"}'),
+    ("wic", '{"idx": 0, "label": "true"}'), ("wsc", '{"idx": 0, "label": "True"}'),
+    ("mnli", "0\tneutral"), ("qnli", "0\tnot_entailment"), ("cola", "0\t1"), ("mrpc", "0\t1"),
+    ("stsb", "0\t1.000")])
 def test_predictions_are_written_in_the_form_that_the_official_server_reads(name, first, official, tmp_path):
     task, examples = TASKS[name], load_task(name, official)["test"]
     evaluation.write_predictions(tmp_path, "test", task, examples, [1.0, 0.0, 1.0])
@@ -77,10 +82,13 @@ def test_unlabelled_splits_have_no_score():
 
 def test_the_table_gives_mean_and_standard_deviation_over_seeds_and_marks_the_best_epoch():
     cells = [{"task": "rte", "arm": "armada", "dev": {"accuracy": a}, "best": {"dev": {"accuracy": b}},
-              "aligner": {"accuracy": 0.5}, "grad_norm": 2.0} for a, b in ((0.6, 0.7), (0.7, 0.7), (0.8, 0.9))]
-    cells.append({"task": "rte", "arm": "undistilled", "dev": {"accuracy": 0.55}, "best": {"dev": {"accuracy": 0.55}}, "aligner": None})
+              "aligner": {"accuracy": 0.5}, "grad_norm": 2.0}
+             for a, b in ((0.6, 0.7), (0.7, 0.7), (0.8, 0.9))]
+    cells.append({"task": "rte", "arm": "undistilled", "dev": {"accuracy": 0.55},
+                  "best": {"dev": {"accuracy": 0.55}}, "aligner": None})
     text = evaluation.table(cells)
-    armada, undistilled = [line.split() for line in text.splitlines() if line.startswith(("armada", "undist"))]
+    armada, undistilled = [line.split() for line in text.splitlines()
+                           if line.startswith(("armada", "undist"))]
     assert armada == ["armada", "3", "70.0", "±", "10.0", "76.7", "±", "11.5", "50.0", "±", "0.0", "2.00"]
     assert undistilled == ["undistilled", "1", "55.0", "55.0", "-", "-"] and "chosen on dev" in text
 

@@ -1,4 +1,4 @@
-"""Students: pooling, heads, saving, asking. Every fact is checked for every family. Read beside student.py."""
+"""Students: pooling, heads, saving, asking. Every fact is checked for each family. Read beside student.py."""
 import pytest
 import torch
 import transformers
@@ -54,15 +54,16 @@ def test_a_decoder_gives_the_same_vector_under_left_padding(student):
 
 
 def test_pooling_reads_the_position_its_family_calls_for(student):
-    """BERT and RoBERTa: the pooler; DeBERTa: the first token; OPT and LLaMA: the last real token, here before padding
-    whose id is that of a real token (LLaMA folders often pad with end-of-text)."""
+    """BERT and RoBERTa: the pooler; DeBERTa: the first token; OPT and LLaMA: the last real token, here before
+    padding whose id is that of a real token (LLaMA folders often pad with end-of-text)."""
     batch, family = batch_of(student, TEXTS, extra=2), student.lm.config.model_type
     batch["input_ids"][batch["attention_mask"] == 0] = student.tokenizer.sep_token_id
     out = student.lm(**batch)
     last = batch["attention_mask"].sum(1) - 1
     expected = {"bert": lambda: out.pooler_output, "roberta": lambda: out.pooler_output,
                 "deberta-v2": lambda: out.last_hidden_state[:, 0],
-                "opt": lambda: out.last_hidden_state[range(4), last], "llama": lambda: out.last_hidden_state[range(4), last]}
+                "opt": lambda: out.last_hidden_state[range(4), last],
+                "llama": lambda: out.last_hidden_state[range(4), last]}
     assert (student.pool(out, batch["attention_mask"]) == expected[family]()).all()
 
 
@@ -99,7 +100,8 @@ def test_save_and_load_give_the_same_outputs_and_automodel_opens_the_folder(stud
     assert not loaded.training
     for a, b in zip(student(**batch), loaded(**batch)):
         assert (a == b).all()
-    lm, tokenizer = transformers.AutoModel.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    lm, tokenizer = (transformers.AutoModel.from_pretrained(tmp_path),
+                     transformers.AutoTokenizer.from_pretrained(tmp_path))
     assert (lm(**batch).last_hidden_state == student.lm(**batch).last_hidden_state).all()
     assert tokenizer(TEXTS[0])["input_ids"] == student.tokenizer(TEXTS[0])["input_ids"]
 
@@ -138,7 +140,8 @@ def test_predict_of_a_regression_gives_scores_from_0_to_5_and_leaves_the_mode_al
 
 
 def test_a_float16_checkpoint_is_loaded_in_float32(model_folder):
-    """transformers keeps the stored dtype; OPT's is float16, in which a step of 2e-5 times a gradient changes nothing."""
+    """transformers keeps the stored dtype; OPT's is float16,
+    in which a step of 2e-5 times a gradient changes nothing."""
     folder = model_folder("opt", torch.float16)
     assert transformers.AutoModel.from_pretrained(folder).dtype == torch.float16
     assert {p.dtype for p in build_student(folder, 2, 8).parameters()} == {torch.float32}
@@ -157,14 +160,16 @@ def test_an_orthogonal_student_projection_is_orthogonal_at_any_width(model_folde
     torch.testing.assert_close(gram, torch.eye(min(proj_dim, 32)), atol=1e-5, rtol=0)
 
 
-# ---- tiny ------------------------------------------------------------------------------------------------------
+# ---- tiny --------------------------------------------------------------------------------------------------
 def test_tiny_makes_its_vocabulary_from_texts_and_reads_pairs():
     student = build_student("tiny", 2, 8, texts=["Is a mouse bigger than a piano?"])
     ids = student.tokenizer(["A MOUSE?", "zebra"], ["piano", "piano"])
-    assert student.tokenizer.convert_ids_to_tokens(ids["input_ids"][0]) == ["[CLS]", "a", "mouse", "?", "[SEP]", "piano", "[SEP]"]
+    assert student.tokenizer.convert_ids_to_tokens(ids["input_ids"][0]) == [
+        "[CLS]", "a", "mouse", "?", "[SEP]", "piano", "[SEP]"]
     assert student.tokenizer.convert_ids_to_tokens(ids["input_ids"][1])[1] == "[UNK]"
     assert ids["token_type_ids"][0] == [0, 0, 0, 0, 0, 1, 1]
-    assert student(**collate([{k: v for k, v in zip(ids, row)} for row in zip(*ids.values())], 0)).logits.shape == (2, 2)
+    assert student(**collate(
+        [{k: v for k, v in zip(ids, row)} for row in zip(*ids.values())], 0)).logits.shape == (2, 2)
 
 
 def test_tiny_without_texts_is_an_error():
@@ -199,7 +204,7 @@ def test_a_damaged_checkpoint_is_one_line(student, tmp_path):
         load_student(tmp_path)
 
 
-# ---- names that cannot be had ------------------------------------------------------------------------------------
+# ---- names that cannot be had ------------------------------------------------------------------------------
 def test_a_folder_without_a_model_and_a_folder_without_a_student_are_named(tmp_path):
     with pytest.raises(UserError, match="holds no config.json"):
         build_student(str(tmp_path), 2, 8)
@@ -208,9 +213,11 @@ def test_a_folder_without_a_model_and_a_folder_without_a_student_are_named(tmp_p
 
 
 @pytest.mark.parametrize("status, code, says", [
-    (404, "RepoNotFound", "did you mean opt-1.3b"), (401, "GatedRepo", "accept its licence"), (None, None, "could not fetch")])
+    (404, "RepoNotFound", "did you mean opt-1.3b"), (401, "GatedRepo", "accept its licence"),
+    (None, None, "could not fetch")])
 def test_what_the_hub_refuses_is_one_line_after_one_question(monkeypatch, status, code, says):
-    """Against a loopback server, or a port that nobody listens on; transformers by itself would retry for half a minute."""
+    """Against a loopback server, or a port that nobody listens on;
+    transformers by itself would retry for half a minute."""
     import http.server
     import threading
 
@@ -232,7 +239,8 @@ def test_what_the_hub_refuses_is_one_line_after_one_question(monkeypatch, status
     if status is None:
         server.shutdown()
         server.server_close()
-    monkeypatch.setattr(student_module.hub, "hf_hub_url", lambda repo, file: f"http://127.0.0.1:{port}/{repo}/resolve/main/{file}")
+    monkeypatch.setattr(student_module.hub, "hf_hub_url",
+                        lambda repo, file: f"http://127.0.0.1:{port}/{repo}/resolve/main/{file}")
     with pytest.raises(UserError, match=says) as error:
         build_student("opt-1.3", 2, 8)
     assert "\n" not in str(error.value) and len(asked) == (0 if status is None else 1)

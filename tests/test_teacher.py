@@ -8,10 +8,11 @@ from data import OBJECTS, UserError
 from student import _tiny
 from teacher import Cache, Teacher, build_teacher, teacher_vectors
 
-TEXTS = ["is a mouse bigger than a piano?", "is a piano bigger than a mouse?", "the committee adjourned", "", "a bus, a cat and a pea"]
+TEXTS = ["is a mouse bigger than a piano?", "is a piano bigger than a mouse?", "the committee adjourned", "",
+         "a bus, a cat and a pea"]
 
 
-# ---- the painter -------------------------------------------------------------------------------------------------
+# ---- the painter -------------------------------------------------------------------------------------------
 def test_a_text_gives_the_same_picture_alone_in_a_list_and_in_another_order():
     teacher = build_teacher("painter:.5")
     together = teacher.encode(TEXTS)
@@ -43,22 +44,30 @@ def test_any_text_has_a_picture_of_its_own_even_where_the_painter_knows_no_word(
 def test_the_dose_mixes_picture_and_noise_of_equal_power():
     texts = [f"a {a} or a {b}" for a in list(OBJECTS)[:8] for b in list(OBJECTS)[-8:]]
     picture, half, none = (build_teacher(f"painter:{rho}").encode(texts) for rho in (1, 0.5, 0))
-    power = lambda x: (x.astype(float) ** 2).mean()
-    assert power(half) == pytest.approx(power(picture), rel=0.05) and power(none) == pytest.approx(power(picture), rel=0.05)
-    share = lambda x: (x.astype(float) * picture).mean() / power(picture)  # regression slope on the picture
+
+    def power(x):
+        return (x.astype(float) ** 2).mean()
+
+    assert (power(half) == pytest.approx(power(picture), rel=0.05)
+            and power(none) == pytest.approx(power(picture), rel=0.05))
+
+    def share(x):  # regression slope on the picture
+        return (x.astype(float) * picture).mean() / power(picture)
+
     assert share(half) == pytest.approx(0.5, abs=0.03) and share(none) == pytest.approx(0, abs=0.03)
 
 
-# ---- specs ---------------------------------------------------------------------------------------------------------
+# ---- specs -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("spec, says", [
-    ("paintr", "unknown teacher 'paintr': did you mean painter"), ("painter:2", "dose RHO from 0"), ("painter:x", "dose RHO from 0"),
-    ("vectors:", "has no train.npy"), ("vectors:/nowhere", "has no train.npy"), ("clip:/nowhere/at all", "no folder here")])
+    ("paintr", "unknown teacher 'paintr': did you mean painter"), ("painter:2", "dose RHO from 0"),
+    ("painter:x", "dose RHO from 0"), ("vectors:", "has no train.npy"),
+    ("vectors:/nowhere", "has no train.npy"), ("clip:/nowhere/at all", "no folder here")])
 def test_a_teacher_that_cannot_be_had_says_why(spec, says):
     with pytest.raises(UserError, match=says):
         build_teacher(spec)
 
 
-# ---- ready-made vectors --------------------------------------------------------------------------------------------
+# ---- ready-made vectors ------------------------------------------------------------------------------------
 @pytest.fixture
 def folder(tmp_path):
     rng = np.random.default_rng(0)
@@ -77,7 +86,8 @@ def test_row_i_belongs_to_example_i_and_limit_keeps_the_first(folder):
 
 
 @pytest.mark.parametrize("split, array, says", [
-    ("dev", np.zeros((4, 5)), r"dev.npy has shape \(4, 5\), expected \(3, 5\)"), ("dev", np.zeros((3, 4)), r"expected \(3, 5\)"),
+    ("dev", np.zeros((4, 5)), r"dev.npy has shape \(4, 5\), expected \(3, 5\)"),
+    ("dev", np.zeros((3, 4)), r"expected \(3, 5\)"),
     ("dev", np.zeros((3, 5), int), "expected floats"), ("dev", np.zeros(3), "expected floats"),
     ("dev", np.array([[1.0] * 5, [1.0] * 5, [np.nan] * 5]), "no finite vector for a text of dev: 'c'"),
     ("dev", np.array([[object()] * 5] * 3), "not a readable array")])
@@ -88,7 +98,7 @@ def test_vectors_that_do_not_fit_the_examples_are_refused(folder, split, array, 
         teacher_vectors(build_teacher(f"vectors:{folder}"), split, list("abc"), folder)
 
 
-# ---- CLIP ----------------------------------------------------------------------------------------------------------
+# ---- CLIP --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A random CLIP of the smallest size, text and image side, as a hub checkpoint holds them."""
@@ -98,8 +108,8 @@ def clip_folder(tmp_path_factory):
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
     transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=dict(vocab_size=len(tokenizer), max_position_embeddings=12, eos_token_id=3, bos_token_id=2, pad_token_id=0,
-                         projection_dim=10, **small),
+        text_config=dict(vocab_size=len(tokenizer), max_position_embeddings=12, eos_token_id=3,
+                         bos_token_id=2, pad_token_id=0, projection_dim=10, **small),
         vision_config=dict(image_size=8, patch_size=4, **small), projection_dim=10)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -122,7 +132,7 @@ def test_clip_says_how_many_texts_it_had_to_cut(clip_folder, capsys, tmp_path):
     assert "2 of 3 train texts are too long for it and were cut" in capsys.readouterr().err
 
 
-# ---- the cache -----------------------------------------------------------------------------------------------------
+# ---- the cache ---------------------------------------------------------------------------------------------
 class Counting(Teacher):
     """A costly teacher that remembers what it was asked."""
 
@@ -150,7 +160,8 @@ def test_each_distinct_text_is_made_once_and_paired_by_content(tmp_path):
 
 def test_only_the_limit_is_paid_for(tmp_path):
     teacher = Counting()
-    assert len(teacher_vectors(teacher, "train", ["a", "b", "c"], tmp_path, limit=2)) == 2 and teacher.asked == ["a", "b"]
+    assert (len(teacher_vectors(teacher, "train", ["a", "b", "c"], tmp_path, limit=2)) == 2
+            and teacher.asked == ["a", "b"])
 
 
 def test_a_damaged_entry_is_made_again_and_never_used(tmp_path):
@@ -165,8 +176,10 @@ def test_a_damaged_entry_is_made_again_and_never_used(tmp_path):
 
 def test_a_vector_that_is_not_finite_is_an_error_that_names_the_example(tmp_path):
     teacher = Counting()
-    teacher.encode = lambda texts: np.array([[np.inf if text == "bad" else 1.0] * 3 for text in texts], np.float32)
+    teacher.encode = lambda texts: np.array(
+        [[np.inf if text == "bad" else 1.0] * 3 for text in texts], np.float32)
     with pytest.raises(UserError, match="no finite vector for a text of train: 'bad'"):
         teacher_vectors(teacher, "train", ["good", "bad"], tmp_path)
     recovered = Counting()  # and it was not kept: the next try asks again
-    assert np.isfinite(teacher_vectors(recovered, "train", ["good", "bad"], tmp_path)).all() and recovered.asked == ["good", "bad"]
+    assert (np.isfinite(teacher_vectors(recovered, "train", ["good", "bad"], tmp_path)).all()
+            and recovered.asked == ["good", "bad"])

@@ -23,7 +23,8 @@ from teacher import build_teacher
 from train import ARMS, Cell, Config, Data, lr_factor, main, resolve, run, seed_of, train
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICK = dict(task="objects", epochs=2, eval_every=1, limit=40, batch_size=16)  # 3 steps an epoch, the last one of 8
+# 3 steps an epoch, the last one of 8
+QUICK = dict(task="objects", epochs=2, eval_every=1, limit=40, batch_size=16)
 
 
 def cell_of(folder, arm="armada", seed=0, **flags):
@@ -35,7 +36,8 @@ def cell_of(folder, arm="armada", seed=0, **flags):
 
 
 def weights(folder):
-    return {f"{file.stem}.{name}": tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {f"{file.stem}.{name}": tensor for file in Path(folder).glob("*.safetensors")
+            for name, tensor in load_file(file).items()}
 
 
 def assert_identical(a, b):
@@ -54,13 +56,14 @@ def outcome(folder):
     return {key: value for key, value in metrics.items() if key not in ("seconds", "peak_memory_mib")}
 
 
-# ---- seeds and schedules -------------------------------------------------------------------------------------------
+# ---- seeds and schedules -----------------------------------------------------------------------------------
 def test_the_rate_rises_for_a_tenth_of_the_steps_at_most_a_hundred_and_falls_linearly_to_zero():
     factors = [lr_factor(step, 80) for step in range(80)]
     assert factors[:8] == pytest.approx([(i + 1) / 8 for i in range(8)]) and factors[8] == 1
     assert np.diff(factors[8:]) == pytest.approx(-1 / 72) and factors[-1] == pytest.approx(1 / 72)
     assert max(range(5000), key=lambda step: lr_factor(step, 5000)) in (99, 100)
-    assert [lr_factor(step, 3) for step in range(3)] == pytest.approx([1, 2 / 3, 1 / 3])  # too short for a warm-up
+    # too short for a warm-up
+    assert [lr_factor(step, 3) for step in range(3)] == pytest.approx([1, 2 / 3, 1 / 3])
 
 
 def test_every_step_has_a_seed_of_its_own():
@@ -73,8 +76,9 @@ def test_arms_of_one_seed_share_initial_weights_data_order_and_dropout(tmp_path,
     """So that their differences are paired. The dropout is seen in the first student step, before any update:
     all arms must report the same main logits."""
     first = {}
-    monkeypatch.setattr(training, "student_loss", lambda out, *rest, **kw: first.setdefault("out", []).append(out.logits.detach().clone())
-                        or losses.student_loss(out, *rest, **kw))
+    monkeypatch.setattr(training, "student_loss", lambda out, *rest, **kw: (
+        first.setdefault("out", []).append(out.logits.detach().clone())
+        or losses.student_loss(out, *rest, **kw)))
     seen = {}
     for arm in ARMS:
         cell = cell_of(tmp_path / arm, arm, epochs=1)
@@ -87,8 +91,9 @@ def test_arms_of_one_seed_share_initial_weights_data_order_and_dropout(tmp_path,
     for arm in ARMS:
         assert_identical(start, seen[arm][0])
         assert seen[arm][1] == order and torch.equal(seen[arm][2], logits)
-    assert not torch.equal(start["lm.embeddings.word_embeddings.weight"],
-                           cell_of(tmp_path / "other", seed=1).student.state_dict()["lm.embeddings.word_embeddings.weight"])
+    assert not torch.equal(
+        start["lm.embeddings.word_embeddings.weight"],
+        cell_of(tmp_path / "other", seed=1).student.state_dict()["lm.embeddings.word_embeddings.weight"])
 
 
 def test_each_epoch_shows_every_example_once_to_the_aligner_and_then_once_to_the_student(tmp_path):
@@ -104,7 +109,8 @@ def test_each_epoch_shows_every_example_once_to_the_aligner_and_then_once_to_the
 def test_shuffling_gives_every_text_another_texts_vector_and_each_vector_once(tmp_path):
     cell = cell_of(tmp_path)
     own = cell.data.pairing(cell.config, 0)
-    mixed, again, other = (cell.data.pairing(dataclasses.replace(cell.config, pairing="shuffled"), seed) for seed in (0, 0, 1))
+    mixed, again, other = (
+        cell.data.pairing(dataclasses.replace(cell.config, pairing="shuffled"), seed) for seed in (0, 0, 1))
     assert own.tolist() == list(range(40)) == sorted(mixed.tolist())
     assert (mixed != own).all() and torch.equal(mixed, again) and not torch.equal(mixed, other)
 
@@ -119,9 +125,10 @@ def test_teacher_vectors_are_divided_by_the_training_root_mean_square_and_not_ce
     assert [len(data.vectors[split]) for split in ("train", "dev")] == [40, 500]
 
 
-# ---- the step ------------------------------------------------------------------------------------------------------
+# ---- the step ----------------------------------------------------------------------------------------------
 def test_micro_batches_give_the_update_of_the_whole_batch(tmp_path, monkeypatch):
-    """With dropout off (its draws differ by micro-batch). 37 examples in batches of 16: the last has 5, cut into 4 + 1."""
+    """With dropout off (its draws differ by micro-batch).
+    37 examples in batches of 16: the last has 5, cut into 4 + 1."""
     original = torch.nn.Module.train
     monkeypatch.setattr(torch.nn.Module, "train", lambda self, mode=True: original(self, False))
     results = []
@@ -134,21 +141,25 @@ def test_micro_batches_give_the_update_of_the_whole_batch(tmp_path, monkeypatch)
         torch.testing.assert_close(results[0][name], results[2][name], atol=2e-4, rtol=1e-3)
 
 
-def test_three_steps_of_each_role_are_adamw_with_clipped_gradients_and_the_scheduled_rate(tmp_path, monkeypatch):
-    """Against a loop written out by hand: clip at 1, the role's own rate times lr_factor, weight decay .01."""
+def test_three_steps_of_each_role_are_adamw_with_clipped_gradients_and_the_scheduled_rate(
+        tmp_path, monkeypatch):
+    """Against a loop written by hand: clip at 1, the role's own rate times lr_factor, weight decay .01."""
     original = torch.nn.Module.train
     monkeypatch.setattr(torch.nn.Module, "train", lambda self, mode=True: original(self, False))  # no dropout
-    cell, twin = cell_of(tmp_path / "a", epochs=1, batch_size=8), cell_of(tmp_path / "b", epochs=1, batch_size=8)
+    cell, twin = (cell_of(tmp_path / "a", epochs=1, batch_size=8),
+                  cell_of(tmp_path / "b", epochs=1, batch_size=8))
     run(cell)
     rates = {"aligner": 1e-3, "student": 4e-3}
-    optimizers = {role: torch.optim.AdamW(twin.models[role].parameters(), weight_decay=0.01) for role in rates}
+    optimizers = {role: torch.optim.AdamW(twin.models[role].parameters(), weight_decay=0.01)
+                  for role in rates}
     for _, role, step, rows in twin.schedule():
         model, y, e = twin.models[role].eval(), twin.data.labels[rows], twin.data.vectors["train"][rows]
         if role == "aligner":
             loss = losses.aligner_loss(model(e), y, 1.0)
         else:
             x = collate([twin.data.rows["train"][i] for i in rows], model.tokenizer.pad_token_id)
-            loss, _ = losses.student_loss(model(**x), twin.aligner(e), y, alpha=0.5, beta=20.0, gamma=1.0, temperature=5.0, kind="manifold")
+            loss, _ = losses.student_loss(model(**x), twin.aligner(e), y, alpha=0.5, beta=20.0, gamma=1.0,
+                                          temperature=5.0, kind="manifold")
         optimizers[role].zero_grad()
         loss.backward()
         norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
@@ -170,10 +181,12 @@ def test_the_rate_runs_on_over_the_epochs(tmp_path):
 
 def test_every_flag_of_the_losses_reaches_them(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(training, "student_loss", lambda *a, **kw: seen.append(kw) or losses.student_loss(*a, **kw))
-    monkeypatch.setattr(training, "aligner_loss", lambda out, y, gamma: seen.append(gamma) or losses.aligner_loss(out, y, gamma))
-    cell = cell_of(tmp_path, epochs=1, alpha=0.3, beta=7.0, gamma=0.2, temperature=3.0, loss="cosine", proj_dim=50,
-                   orthogonal_student=True, grad_checkpoint="on")
+    monkeypatch.setattr(training, "student_loss",
+                        lambda *a, **kw: seen.append(kw) or losses.student_loss(*a, **kw))
+    monkeypatch.setattr(training, "aligner_loss",
+                        lambda out, y, gamma: seen.append(gamma) or losses.aligner_loss(out, y, gamma))
+    cell = cell_of(tmp_path, epochs=1, alpha=0.3, beta=7.0, gamma=0.2, temperature=3.0, loss="cosine",
+                   proj_dim=50, orthogonal_student=True, grad_checkpoint="on")
     run(cell)
     assert seen[0] == 0.2 and seen[-1] == dict(alpha=0.3, beta=7.0, gamma=0.2, temperature=3.0, kind="cosine")
     assert cell.student.lm.is_activation_checkpointing or cell.student.lm.is_gradient_checkpointing
@@ -182,7 +195,7 @@ def test_every_flag_of_the_losses_reaches_them(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arm", ["armada", "shuffled"])
 def test_the_aligner_sees_the_vector_that_the_pairing_names(tmp_path, monkeypatch, arm):
-    """In the shuffled arm both roles learn from the wrong pictures: else the control would control nothing."""
+    """In the shuffled arm both roles learn from wrong pictures: else the control would control nothing."""
     cell, seen = cell_of(tmp_path, arm, epochs=1), []
     cell.aligner.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     run(cell)
@@ -198,7 +211,8 @@ def test_no_two_steps_of_a_run_draw_the_same_dropout_and_no_two_epochs_the_same_
     monkeypatch.setattr(torch, "manual_seed", lambda seed: drawn.append(seed) or original(seed))
     run(cell)
     assert len(drawn) == len(set(drawn)) == 2 * 2 * 5  # epochs, roles, micro-batches of 16 + 16 + 8
-    first, second = ([rows for e, role, _, rows in cell.schedule() if e == epoch and role == "student"] for epoch in (0, 1))
+    first, second = ([rows for e, role, _, rows in cell.schedule() if e == epoch and role == "student"]
+                     for epoch in (0, 1))
     assert first != second
 
 
@@ -208,15 +222,21 @@ def test_the_best_folder_holds_the_epoch_with_the_highest_dev_score(tmp_path, mo
     cell = cell_of(tmp_path, "undistilled", epochs=3)
     run(cell)
     assert cell.best == {"epoch": 2, "dev": {"accuracy": 0.7}}
-    assert any(not torch.equal(a, b) for a, b in zip(weights(tmp_path / "best").values(), weights(tmp_path / "last").values()))
+    assert any(not torch.equal(a, b) for a, b in zip(
+        weights(tmp_path / "best").values(), weights(tmp_path / "last").values()))
 
 
 def test_fp16_forgives_a_skipped_step_but_not_a_scale_that_vanishes():
     class Scaler:
-        is_enabled, get_scale = (lambda self: True), (lambda self: self.scale)
+        def is_enabled(self):
+            return True
+
+        def get_scale(self):
+            return self.scale
 
     scaler, facts = Scaler(), {"role": "student", "step": 1, "epoch": 1, "tokens": 10}
-    waiting = [({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(n)}, facts) for n in (float("inf"), 3.0)]
+    waiting = [({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(n)}, facts)
+               for n in (float("inf"), 3.0)]
     scaler.scale = 2.0**15
     assert training.read_log(waiting, 1.0, scaler)["grad_norm"] == 3.0
     scaler.scale = 2.0**-3
@@ -226,8 +246,12 @@ def test_fp16_forgives_a_skipped_step_but_not_a_scale_that_vanishes():
 
 def test_the_student_step_leaves_the_aligner_alone_and_the_aligner_step_the_student(tmp_path, monkeypatch):
     cell, seen = cell_of(tmp_path, epochs=1), []
-    snapshot = lambda: [sum(p.double().sum().item() for p in m.parameters()) for m in (cell.aligner, cell.student)]
-    monkeypatch.setattr(training, "lr_factor", lambda step, steps: seen.append(snapshot()) or lr_factor(step, steps))
+
+    def snapshot():
+        return [sum(p.double().sum().item() for p in m.parameters()) for m in (cell.aligner, cell.student)]
+
+    monkeypatch.setattr(training, "lr_factor",
+                        lambda step, steps: seen.append(snapshot()) or lr_factor(step, steps))
     run(cell)
     aligner, student = zip(*seen)
     assert len(set(student[:4])) == 1 and len(set(aligner[:4])) == 4   # three aligner steps
@@ -239,11 +263,13 @@ def test_mixed_precision_on_the_cpu_stays_close_to_float32(tmp_path):
     for amp in ("off", "bf16"):
         run(cell_of(tmp_path / amp, amp=amp, epochs=1))
         losses_of[amp] = [line["loss"] for line in lines(tmp_path / amp) if line.get("role") == "student"]
-    assert losses_of["off"] != losses_of["bf16"] and losses_of["off"] == pytest.approx(losses_of["bf16"], rel=0.02)
+    assert (losses_of["off"] != losses_of["bf16"]
+            and losses_of["off"] == pytest.approx(losses_of["bf16"], rel=0.02))
 
 
 @pytest.mark.parametrize("term", ["task", "output", "manifold"])
-def test_a_loss_that_is_not_finite_stops_the_run_naming_the_term_and_the_first_bad_step(tmp_path, monkeypatch, term):
+def test_a_loss_that_is_not_finite_stops_the_run_naming_the_term_and_the_first_bad_step(
+        tmp_path, monkeypatch, term):
     calls = []
 
     def spoiled(*args, **kwargs):
@@ -255,21 +281,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_term_and_the_first_b
     cell = cell_of(tmp_path)
     with pytest.raises(UserError, match=rf"the student's {term} is not finite at step 5 \(epoch 2\)"):
         run(cell)
-    assert json.loads((tmp_path / "last" / "training.json").read_text())["done"] == 6  # the first epoch's checkpoint stands
+    # the first epoch's checkpoint stands
+    assert json.loads((tmp_path / "last" / "training.json").read_text())["done"] == 6
 
 
 def test_a_regression_starts_all_four_heads_at_the_mean_label(official, tmp_path):
     """A relu that starts below zero has no gradient and stays there."""
-    config = resolve(Config(task="stsb", data_dir=official, student="tiny", teacher="painter", epochs=1, arms="armada", out=str(tmp_path / "x")))
+    config = resolve(Config(task="stsb", data_dir=official, student="tiny", teacher="painter", epochs=1,
+                            arms="armada", out=str(tmp_path / "x")))
     data = Data(config)
     cell = Cell(config, data, tmp_path)
     mean = np.mean([e.label for e in data.splits["train"]])
-    heads = [cell.aligner.classifier, cell.aligner.aux_classifier, cell.student.heads["classifier"], cell.student.heads["aux_classifier"]]
+    heads = [cell.aligner.classifier, cell.aligner.aux_classifier,
+             cell.student.heads["classifier"], cell.student.heads["aux_classifier"]]
     assert [head.bias.item() for head in heads] == pytest.approx([mean] * 4)
     assert data.labels.dtype == torch.float32
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run to compare with."""
@@ -280,8 +309,8 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("stop", [1, 4, 7, 10, 12])
 def test_a_run_killed_at_any_step_and_resumed_ends_bit_identical(tmp_path, monkeypatch, whole, stop):
-    """Killed in the aligner's pass or the student's, before or after the first checkpoint: same weights, same optimizer
-    moments, same best epoch, same log but for the clock."""
+    """Killed in the aligner's pass or the student's, before or after the first checkpoint: same weights, same
+    optimizer moments, same best epoch, same log but for the clock."""
     calls = []
 
     def dies(step, steps):
@@ -298,11 +327,15 @@ def test_a_run_killed_at_any_step_and_resumed_ends_bit_identical(tmp_path, monke
     for part in ("last", "best"):
         assert_identical(weights(tmp_path / part), weights(whole / part))
     assert outcome(tmp_path) == outcome(whole)
-    strip = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+    def strip(rows):
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
     assert strip(lines(tmp_path)) == strip(lines(whole))
 
 
-def test_ctrl_c_saves_at_the_next_step_and_the_resumed_run_ends_bit_identical(tmp_path, monkeypatch, whole, capsys):
+def test_ctrl_c_saves_at_the_next_step_and_the_resumed_run_ends_bit_identical(
+        tmp_path, monkeypatch, whole, capsys):
     calls = []
 
     def pressed(step, steps):
@@ -312,11 +345,13 @@ def test_ctrl_c_saves_at_the_next_step_and_the_resumed_run_ends_bit_identical(tm
         return lr_factor(step, steps)
 
     monkeypatch.setattr(training, "lr_factor", pressed)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()] + ["--arms=armada", "--seeds=0"]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()] + [
+        "--arms=armada", "--seeds=0"]
     with pytest.raises(SystemExit) as stop:
         main([*flags, f"--out={tmp_path / 'run'}"])
     error = capsys.readouterr().err
-    assert stop.value.code == 130 and f"python train.py --resume {tmp_path / 'run'}" in error and "Traceback" not in error
+    assert (stop.value.code == 130 and f"python train.py --resume {tmp_path / 'run'}" in error
+            and "Traceback" not in error)
     assert json.loads((tmp_path / "run/armada/0/last/training.json").read_text())["done"] == 8
     main(["--resume", str(tmp_path / "run")])
     assert_identical(weights(tmp_path / "run/armada/0/last"), weights(whole / "last"))
@@ -325,8 +360,8 @@ def test_ctrl_c_saves_at_the_next_step_and_the_resumed_run_ends_bit_identical(tm
 
 def test_a_process_killed_by_the_system_is_resumed_from_its_last_checkpoint(tmp_path, whole):
     """SIGKILL, which no handler sees, as soon as there is a checkpoint."""
-    command = [sys.executable, str(ROOT / "train.py"), f"--out={tmp_path / 'run'}", "--arms=armada", "--seeds=0",
-               *(f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items())]
+    command = [sys.executable, str(ROOT / "train.py"), f"--out={tmp_path / 'run'}", "--arms=armada",
+               "--seeds=0", *(f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items())]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     cell, deadline = tmp_path / "run/armada/0", time.time() + 60
     while not (cell / "last").exists() and process.poll() is None and time.time() < deadline:
@@ -369,7 +404,7 @@ def test_one_cell_of_a_grid_can_be_resumed_alone(tmp_path):
     assert list(results) == ["undistilled"] and (tmp_path / "run/undistilled/0/metrics.json").exists()
 
 
-# ---- the command line ----------------------------------------------------------------------------------------------
+# ---- the command line --------------------------------------------------------------------------------------
 def test_every_field_of_the_configuration_is_a_flag_with_a_sentence_of_help():
     for field in dataclasses.fields(Config):
         help = field.metadata["help"]
@@ -391,18 +426,25 @@ def test_help_and_errors_of_flags_come_before_torch_is_imported(tmp_path):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--beta nan", "--beta nan must be a number at least 0"), ("--alpha 1.5", "at least 0 and at most 1"), ("--temperature 0", "above 0"),
-    ("--lr 0", "--lr 0.0 must be a number above 0"), ("--epochs 0", "--epochs 0 must be"), ("--epochs two", "invalid int value"),
-    ("--arms armda", "did you mean armada?"), ("--arms armada,armada", "name each once"), ("--seeds 0,x", "give whole numbers, as in 0,1,2"),
-    ("--seeds -1", "seeds from 0"), ("--loss cosin", "did you mean cosine?"),
-    ("--teacher paintr", "did you mean painter?"), ("--device gpu", "choose auto, cpu"), ("--device cuda:77", "torch sees"),
+    ("--beta nan", "--beta nan must be a number at least 0"), ("--alpha 1.5", "at least 0 and at most 1"),
+    ("--temperature 0", "above 0"), ("--lr 0", "--lr 0.0 must be a number above 0"),
+    ("--epochs 0", "--epochs 0 must be"), ("--epochs two", "invalid int value"),
+    ("--arms armda", "did you mean armada?"), ("--arms armada,armada", "name each once"),
+    ("--seeds 0,x", "give whole numbers, as in 0,1,2"), ("--seeds -1", "seeds from 0"),
+    ("--loss cosin", "did you mean cosine?"), ("--teacher paintr", "did you mean painter?"),
+    ("--device gpu", "choose auto, cpu"), ("--device cuda:77", "torch sees"),
     ("--teacher painter:7", "dose RHO from 0"), ("--amp fp32", "known: auto, off, bf16, fp16"),
-    ("--student /nowhere/model", "no folder here"), ("--task rte --student tiny --data-dir /nowhere", "RTE/train.tsv is missing"),
-    ("--max-length 600 --epochs 1", "tiny reads at most 512 tokens"), ("--task copa --student tiny --teacher painter --max-length 9", "is too small for"),
-    ("--proj-dim 2000", "--proj-dim 2000 is more than the 1024 of painter"), ("--resume /nowhere", "no run there"), ("--task rte --student opt --max-length 90", "reads at most 80 tokens"),
+    ("--student /nowhere/model", "no folder here"),
+    ("--task rte --student tiny --data-dir /nowhere", "RTE/train.tsv is missing"),
+    ("--max-length 600 --epochs 1", "tiny reads at most 512 tokens"),
+    ("--task copa --student tiny --teacher painter --max-length 9", "is too small for"),
+    ("--proj-dim 2000", "--proj-dim 2000 is more than the 1024 of painter"),
+    ("--resume /nowhere", "no run there"),
+    ("--task rte --student opt --max-length 90", "reads at most 80 tokens"),
     ("--task rte --teacher vectors:/nowhere --student tiny", "has no train.npy")])
 def test_bad_input_gets_one_line_and_exit_status_2(flags, says, tmp_path, official, model_folder, capsys):
-    flags = flags.replace("--student opt", f"--student {model_folder('opt')} --teacher painter").split() + ([] if "--resume" in flags else ["--out", str(tmp_path / "run")])
+    flags = flags.replace("--student opt", f"--student {model_folder('opt')} --teacher painter").split() + (
+        [] if "--resume" in flags else ["--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stop:
         main(flags if "--data-dir" in flags else [*flags, "--data-dir", official])
     error = capsys.readouterr().err
@@ -423,12 +465,13 @@ def test_a_run_that_never_began_leaves_the_folder_free_and_can_be_resumed(tmp_pa
         train(Config(**QUICK, max_length=600, arms="undistilled", seeds="0", out=out))
     train(Config(**QUICK, arms="undistilled", seeds="0", out=out))
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun/config.json").write_text((tmp_path / "run/config.json").read_text())  # killed right after
+    (tmp_path / "begun/config.json").write_text((tmp_path / "run/config.json").read_text())  # then killed
     assert list(train(Config(resume=str(tmp_path / "begun")))) == ["undistilled"]
 
 
 def test_an_output_folder_that_holds_a_run_is_not_touched_and_a_resumed_run_keeps_its_flags(tmp_path, capsys):
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()] + ["--arms=undistilled", "--seeds=0"]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()] + [
+        "--arms=undistilled", "--seeds=0"]
     out = str(tmp_path / "run")
     main([*flags, "--out", out])
     before = (tmp_path / "run/undistilled/0/metrics.json").read_text()
@@ -442,23 +485,31 @@ def test_an_output_folder_that_holds_a_run_is_not_touched_and_a_resumed_run_keep
 
 
 def test_from_official_files_to_predictions_and_back_through_eval(official, tmp_path, capsys):
-    """The whole command line on small RTE files: train, table, eval.py from the saved folder, AutoModel, one's own texts."""
+    """The whole command line on small RTE files: train, table, eval.py from the saved folder, AutoModel,
+    one's own texts."""
     out = str(tmp_path / "run")
-    main(["--task=RTE", "--data-dir", official, "--student=tiny", "--teacher=painter", "--arms", ",".join(ARMS), "--seeds=0,1",
-          "--epochs=1", "--batch-size=8", "--out", out])
+    main(["--task=RTE", "--data-dir", official, "--student=tiny", "--teacher=painter",
+          "--arms", ",".join(ARMS), "--seeds=0,1", "--epochs=1", "--batch-size=8", "--out", out])
     trained = capsys.readouterr().out
     assert "mean ± standard deviation over seeds" in trained
     for arm in ARMS:
         for seed in "01":
             names = {path.name for path in (tmp_path / "run" / arm / seed).iterdir()}
-            assert names == {"config.json", "log.jsonl", "last", "best", "metrics.json", "predictions_dev.jsonl", "predictions_test.jsonl"}
+            assert names == {"config.json", "log.jsonl", "last", "best", "metrics.json",
+                             "predictions_dev.jsonl", "predictions_test.jsonl"}
     metrics = outcome(tmp_path / "run/armada/1")
-    assert metrics["test"] is None and metrics["aligner"] and outcome(tmp_path / "run/undistilled/1")["aligner"] is None
-    predictions = [json.loads(line) for line in (tmp_path / "run/armada/1/predictions_dev.jsonl").read_text().splitlines()]
+    assert (metrics["test"] is None and metrics["aligner"]
+            and outcome(tmp_path / "run/undistilled/1")["aligner"] is None)
+    predictions = [json.loads(line)
+                   for line in (tmp_path / "run/armada/1/predictions_dev.jsonl").read_text().splitlines()]
     labels = [TASKS["rte"].labels[e.label] for e in load_task("rte", official)["dev"]]
-    assert metrics["dev"]["accuracy"] == pytest.approx(np.mean([p["label"] == y for p, y in zip(predictions, labels)]))
+    assert metrics["dev"]["accuracy"] == pytest.approx(
+        np.mean([p["label"] == y for p, y in zip(predictions, labels)]))
     evaluation.main([out])
-    rows = lambda text: sorted(line for line in text.splitlines() if line.startswith(tuple(ARMS)) and "±" in line)
+
+    def rows(text):
+        return sorted(line for line in text.splitlines() if line.startswith(tuple(ARMS)) and "±" in line)
+
     assert rows(capsys.readouterr().out) == rows(trained)
     student = load_student(tmp_path / "run/armada/1/last")
     answers = student.predict([TASKS["rte"].pair(e) for e in load_task("rte", official)["dev"]])
@@ -466,11 +517,13 @@ def test_from_official_files_to_predictions_and_back_through_eval(official, tmp_
 
 
 @pytest.mark.parametrize("family", ["opt", "llama", "deberta-v2"])
-def test_the_documented_command_trains_a_folder_in_place_of_the_short_name(family, official, model_folder, tmp_path):
-    """`--task rte --student opt-1.3b` with a tiny float16 folder for opt-1.3b: trained in float32, saved in float32."""
+def test_the_documented_command_trains_a_folder_in_place_of_the_short_name(
+        family, official, model_folder, tmp_path):
+    """`--task rte --student opt-1.3b` with a tiny float16 folder for opt-1.3b:
+    trained in float32, saved in float32."""
     folder = model_folder(family, torch.float16 if family == "opt" else torch.float32)
-    main(["--task=rte", "--data-dir", official, "--student", folder, "--teacher=painter", "--epochs=1", "--max-length=64",
-          "--grad-checkpoint=on", "--orthogonal-student", "--out", str(tmp_path / "run")])
+    main(["--task=rte", "--data-dir", official, "--student", folder, "--teacher=painter", "--epochs=1",
+          "--max-length=64", "--grad-checkpoint=on", "--orthogonal-student", "--out", str(tmp_path / "run")])
     saved = weights(tmp_path / "run/armada/0/last")
     assert {value.dtype for value in saved.values()} == {torch.float32}
     assert load_student(tmp_path / "run/armada/0/last").decoder == (family != "deberta-v2")
@@ -478,7 +531,8 @@ def test_the_documented_command_trains_a_folder_in_place_of_the_short_name(famil
 
 @pytest.mark.parametrize("name", ["cola", "stsb", "mnli", "cb"])
 def test_other_kinds_of_task_run_through_the_same_loop(name, official, tmp_path):
-    config = Config(task=name, data_dir=official, student="tiny", teacher="painter", epochs=1, out=str(tmp_path / "run"))
+    config = Config(task=name, data_dir=official, student="tiny", teacher="painter", epochs=1,
+                    out=str(tmp_path / "run"))
     metrics = train(config)["armada"][0]
     assert set(metrics["dev"]) == set(TASKS[name].metrics)
     assert ("dev_mismatched" in metrics) == (name == "mnli")
