@@ -31,20 +31,22 @@ KW = dict(temperature=5.0, kind="manifold")
 
 
 def interleave(rounds, **steps):
-    """{name: median milliseconds}: the steps take turns,
-    so that a slow second of the machine hits all of them."""
+    """{name: [milliseconds of each round]}. The steps take turns, and the turns swap, so that a slow second of
+    the machine and a warm cache hit all of them."""
     times = {name: [] for name in steps}
     for i in range(rounds + 1):
-        for name, step in steps.items():
+        for name in list(steps)[::1 if i % 2 else -1]:
             start = time.perf_counter()
-            step(i)
+            steps[name](i)
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
+    return {name: values[1:] for name, values in times.items()}  # the first round warms up
 
 
-def report(what, medians, top, bottom):
-    print(f"{what:<66} {medians[top] / medians[bottom]:6.3f}   "
-          f"({medians[top]:.1f} ms / {medians[bottom]:.1f} ms)", flush=True)
+def report(what, times, top, bottom):
+    """The median over the rounds of top / bottom, and both medians."""
+    ratio = statistics.median(a / b for a, b in zip(times[top], times[bottom]))
+    print(f"{what:<66} {ratio:6.3f}   ({statistics.median(times[top]):.1f} ms / "
+          f"{statistics.median(times[bottom]):.1f} ms)", flush=True)
 
 
 def peak_kib():
@@ -141,9 +143,9 @@ def main():
     def aligner_step(aligner):
         return lambda i: optimizer_step(aligner, aligner_loss(aligner(vectors[:32]), labels[:32], 1.0))
 
-    medians = interleave(max(3, args.rounds // 3), exponential=aligner_step(theirs),
+    times = interleave(max(3, args.rounds // 3), exponential=aligner_step(theirs),
                          reflections=aligner_step(ours))
-    report("aligner step: matrix exponential / Householder", medians, "exponential", "reflections")
+    report("aligner step: matrix exponential / Householder", times, "exponential", "reflections")
 
     # 2. What distillation adds to a student's step: the frozen aligner's forward pass and two losses.
     student = with_optimizer(build().train())
@@ -158,8 +160,8 @@ def main():
         return step
 
     plain, armada = student_step(0, 0, 0, False), student_step(0.5, 1.0, 1.0, True)
-    medians = interleave(2 * args.rounds, armada=armada, undistilled=plain)
-    report("student step: armada / undistilled", medians, "armada", "undistilled")
+    times = interleave(2 * args.rounds, armada=armada, undistilled=plain)
+    report("student step: armada / undistilled", times, "armada", "undistilled")
 
     # 3. Batches padded to their longest text, against all padded to 128 tokens.
     # Sums, since batches differ in length.
@@ -169,21 +171,17 @@ def main():
              for k, v in x.items()}
         optimizer_step(student, student_loss(student(**x), None, y, alpha=0, beta=0, gamma=0, **KW)[0])
 
-    sums = {"grouped": 0.0, "padded": 0.0}
-    for i in range(2 * args.rounds):
-        for name, step in (("grouped", plain), ("padded", padded)):
-            start = time.perf_counter()
-            step(i)
-            sums[name] += 1e3 * (time.perf_counter() - start)
-    report("steps over different batches: length-grouped / padded to 128", sums, "grouped", "padded")
+    times = interleave(2 * args.rounds, grouped=plain, padded=padded)
+    sums = {name: [sum(values)] for name, values in times.items()}
+    report("sum over different batches: length-grouped / padded to 128", sums, "grouped", "padded")
 
     trainer_ratio(args, build, rows, labels, pad)
 
     # 5. Gradient checkpointing: time, and peak memory in a process of its own for each setting.
     recomputed = with_optimizer(build().train())
     recomputed.checkpoint_gradients()
-    medians = interleave(args.rounds, on=student_step(0, 0, 0, False, recomputed), off=plain)
-    report("student step: checkpointing on / off", medians, "on", "off")
+    times = interleave(args.rounds, on=student_step(0, 0, 0, False, recomputed), off=plain)
+    report("student step: checkpointing on / off", times, "on", "off")
     command = [sys.executable, "-m", "tests.bench", *([args.encoder] if args.encoder else []),
                *(["--data-dir", args.data_dir] if args.data_dir else [])]
     on, off = (int(subprocess.run([*command, "--memory", setting], capture_output=True, text=True, check=True)
@@ -239,8 +237,8 @@ def trainer_ratio(args, build, rows, labels, pad):
         trainer = transformers.Trainer(model=ForTrainer(), args=settings, train_dataset=dataset,
                                        data_collator=collator)
         trainer.remove_callback(transformers.PrinterCallback)
-        medians = interleave(3, ours=ours, trainer=lambda _: trainer.train())
-    report("an epoch: ours / transformers' Trainer", medians, "ours", "trainer")
+        times = interleave(3, ours=ours, trainer=lambda _: trainer.train())
+    report("an epoch: ours / transformers' Trainer", times, "ours", "trainer")
 
 
 if __name__ == "__main__":
