@@ -105,12 +105,18 @@ class Config:
 FALLBACK = {"student": "bert-base", "teacher": "clip", "beta": 1.0, "epochs": 10, "lr": 2e-5, "eval_every": 1}
 
 
+def free_folder(task):
+    """runs/TASK, or the first runs/TASK-N that is not there: a second run never touches the first."""
+    names = (f"runs/{task}" + (f"-{n}" if n > 1 else "") for n in range(1, sys.maxsize))
+    return next(name for name in names if not os.path.exists(name))
+
+
 def resolve(config):
     """A copy with every default filled in and every value checked; UserError before any load or fetch."""
     from teacher import check_spec
 
     bare, task = config.task is None, find_task(config.task or "objects")
-    defaults = {**FALLBACK, **task.defaults, "micro_batch": config.batch_size,
+    defaults = {**FALLBACK, **task.defaults, "micro_batch": config.batch_size, "out": free_folder(task.name),
                 "arms": ("undistilled", "armada", "shuffled") if bare else ("armada",),
                 "seeds": tuple(range(7)) if bare else (0,)}
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
@@ -302,8 +308,8 @@ def interruptible():
 def read_log(waiting, seconds, scaler):
     """One line for log.jsonl: the means of waiting = [(values on the device, facts)] since the last one.
 
-    Read now and then only: an .item() each step would stall the CPU until the GPU is done. UserError names the
-    first value that is not finite and its step. fp16's scaler finds its scale by overflowing, so there an
+    Read now and then only: an .item() each step would stall the CPU until the GPU is done. UserError names
+    the first value that is not finite and its step. fp16's scaler finds its scale by overflowing, so there an
     infinite gradient is a skipped step and no fault, unless no scale is small enough.
     """
     names, steps = list(waiting[0][0]), [facts for _, facts in waiting]
@@ -569,12 +575,6 @@ def finish(cell):
 
 
 # ---- the grid and the command line -------------------------------------------------------------------------
-def free_folder(task):
-    """runs/TASK, or the first runs/TASK-N that is not there: a second run never touches the first."""
-    names = (f"runs/{task}" + (f"-{n}" if n > 1 else "") for n in range(1, sys.maxsize))
-    return next(name for name in names if not os.path.exists(name))
-
-
 def train(config):
     """Train every arm with every seed -> {arm: {seed: metrics}}. A finished cell is read, not trained again.
 
@@ -583,8 +583,7 @@ def train(config):
     if config.resume and not config.out:
         config = resume_config(config.resume, {})
     config = resolve(config)
-    out = Path(config.out or free_folder(config.task))
-    config = dataclasses.replace(config, out=str(out))
+    out = Path(config.out)
     if not config.resume and any(out.glob("*/*/log.jsonl")):
         raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give another --out")
     todo = [(seed, arm) for seed in config.seeds for arm in config.arms
@@ -615,7 +614,7 @@ def train(config):
 def main(argv=None):
     """The command line: status 0; 2 and one line on stderr for what the user can mend; 130 after Ctrl-C."""
     config = configure(argv)
-    config.out = out = config.out or free_folder(config.task)
+    out = config.out
     if config.student == "tiny":
         torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
     try:

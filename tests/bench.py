@@ -31,8 +31,8 @@ KW = dict(temperature=5.0, kind="manifold")
 
 
 def interleave(rounds, **steps):
-    """{name: [milliseconds of each round]}. The steps take turns, and the turns swap, so that a slow second of
-    the machine and a warm cache hit all of them."""
+    """{name: [milliseconds of each round]}. The steps take turns, and the turns swap, so that a slow second
+    of the machine and a warm cache hit all of them."""
     times = {name: [] for name in steps}
     for i in range(rounds + 1):
         for name in list(steps)[::1 if i % 2 else -1]:
