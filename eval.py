@@ -1,14 +1,16 @@
-"""Metrics, evaluation of saved runs, and the table.
+"""Metrics, evaluation of saved runs, and whether the teacher mattered.
 
     compute_metrics("mrpc", predictions, labels)  # {"accuracy": ..., "f1": ...}, fractions of 1
-    python eval.py runs/rte                       # score every saved student again, print the table and write
-                                                  # predictions_*.{tsv,jsonl} in the official submission form
+    python eval.py runs/rte [--plot]              # the table, each arm against its controls, a verdict
+    python eval.py runs/rte --rescore             # score every saved student again, write predictions_*
+    python eval.py runs/rte/armada/0 runs/rte/undistilled/0   # two students, example by example (McNemar)
 
 The headline is the LAST epoch's dev score. The best epoch's stands beside it, marked "chosen on dev": the
 largest of many noisy scores is too good, the more so the more often one looks.
 """
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -75,26 +77,135 @@ def write_predictions(folder, split, task, examples, answers):
     (Path(folder) / f"predictions_{split}.{form}").write_text("\n".join(lines) + "\n")
 
 
+# ---- are the two spaces aligned? ---------------------------------------------------------------------------
+def retrieval_at_1(p_t, p_s):
+    """How often a text's p_s is nearer (in cosine) to its own picture's p_t than to any other; chance 1 / N.
+
+    Arrays (N, d). Equal pictures share the point. It wants both spaces in the SAME coordinates.
+    """
+    unit_t, unit_s = (p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-30)
+                      for p in (p_t.astype(float), p_s.astype(float)))
+    similar = unit_s @ unit_t.T                                   # (N, N), text by picture
+    nearest = similar >= similar.max(axis=1, keepdims=True) - 1e-9
+    return float((nearest.diagonal() / nearest.sum(axis=1)).mean())
+
+
+def linear_cka(p_t, p_s):
+    """|X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms, X, Y the centred arrays (N, d): 0 to 1, constant: 0.
+
+    Are the same examples alike in both spaces? Rotation and scale do not matter (Kornblith et al. 2019).
+    Unless N is far above d, unrelated spaces score well above 0 too: compare arms.
+    """
+    x, y = (p - p.mean(axis=0, dtype=float) for p in (p_t, p_s))
+    k, m = x @ x.T, y @ y.T                                       # (N, N); <k, m> = |X^T Y|^2
+    scale = np.linalg.norm(k) * np.linalg.norm(m)
+    return float((k * m).sum() / scale) if scale else 0.0
+
+
+# ---- statistics of n paired differences, one a seed --------------------------------------------------------
+def sign_flip_p(differences, draws=100_000):
+    """Two-sided p of "no difference", under which a seed's two arms may be swapped: a coin for each sign.
+
+    Exact over all 2^n signs up to n = 16, else Monte Carlo. n seeds cannot go below 2 / 2^n: 5 give .0625.
+    """
+    d, n = np.asarray(differences, float), len(differences)
+    signs = (1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1) if n <= 16
+             else np.random.default_rng(0).choice([-1, 1], (draws, n)))
+    extreme = abs(signs @ d) >= abs(d.sum()) - 1e-12  # or rounding loses ties, even the identity
+    return float(extreme.mean() if n <= 16 else (1 + extreme.sum()) / (1 + draws))
+
+
+def bootstrap_interval(values, level=0.95, draws=10_000):
+    """(low, high) around the mean by the studentised bootstrap; None for fewer than 5 values.
+
+    The better-known percentile interval covers 88 % in place of 95 % at n = 7: resampled means vary too
+    little, by sqrt((n-1)/n), and know no t distribution. tests/test_eval.py measures both.
+    """
+    x, n = np.asarray(values, float), len(values)
+    again = np.random.default_rng(0).choice(x, (draws, n))
+    again = again[np.ptp(again, axis=1) > 0]  # a resample of one value n times has no t
+    if n < 5 or not len(again):
+        return None if n < 5 else (float(x.mean()),) * 2
+    t = (again.mean(axis=1) - x.mean()) / again.std(axis=1, ddof=1)
+    high, low = x.mean() - x.std(ddof=1) * np.quantile(t, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def holm(ps):
+    """Holm's adjusted p, in the order given: the k-th smallest of m times m - k + 1, never falling."""
+    order = np.argsort(ps, kind="stable")
+    steps = np.maximum.accumulate(np.asarray(ps)[order] * np.arange(len(ps), 0, -1))
+    adjusted = dict(zip(order.tolist(), np.minimum(steps, 1).tolist()))
+    return [adjusted[i] for i in range(len(ps))]
+
+
+def mcnemar(right_a, right_b):
+    """((both, only a, only b, neither) right, exact p) of two students on the same examples.
+
+    Only examples that one of the two gets right count: were both equally good, each would be a fair coin.
+    """
+    a, b = np.asarray(right_a, bool), np.asarray(right_b, bool)
+    both, only_a, only_b, neither = (int(x.sum()) for x in (a & b, a & ~b, b & ~a, ~a & ~b))
+    n, less = only_a + only_b, min(only_a, only_b)
+    return (both, only_a, only_b, neither), min(1.0, 2 * sum(math.comb(n, k) for k in range(less + 1)) / 2**n)
+
+
+def compare(scores, controls, level=0.05):
+    """Each arm against each control: {arm: {verdict, note, best_control, comparisons {control: ...}}}.
+
+    scores {arm: {seed: score}}. Differences are paired by seed; Holm corrects for the number of controls, so
+    that identical arms get another verdict than NO DIFFERENCE with probability `level` at most. BEATS: above
+    EVERY control. WORSE: below the best one. A control is itself compared with "undistilled" only.
+    """
+    found = {}
+    for arm, mine in scores.items():
+        rows = {}
+        for control in controls:
+            seeds = sorted(mine.keys() & scores[control].keys())
+            if seeds and control != arm and (arm not in controls or control == "undistilled"):
+                d = [mine[seed] - scores[control][seed] for seed in seeds]
+                rows[control] = {"seeds": len(seeds), "difference": float(np.mean(d)),
+                                 "interval": bootstrap_interval(d), "p": sign_flip_p(d)}
+        for row, p in zip(rows.values(), holm([row["p"] for row in rows.values()])):
+            row["p_holm"] = p
+            row["verdict"] = ("NO DIFFERENCE" if p > level else "BEATS" if row["difference"] > 0 else "WORSE")
+        if rows:
+            best, n = min(rows, key=lambda control: rows[control]["difference"]), min(
+                row["seeds"] for row in rows.values())
+            need = math.ceil(math.log2(2 * len(rows) / level))
+            found[arm] = {
+                "verdict": "BEATS" if all(row["verdict"] == "BEATS" for row in rows.values())
+                else "WORSE" if rows[best]["verdict"] == "WORSE" else "NO DIFFERENCE",
+                "note": f"{n} seeds cannot reach {100 * level:g} %, {need} can" if n < need else "",
+                "best_control": best, "comparisons": rows}
+    return found
+
+
 # ---- runs --------------------------------------------------------------------------------------------------
 def find_cells(runs):
-    """The ARM/SEED folders with a saved student at or below the given folders, in order, each once."""
+    """The ARM/SEED folders, finished or with a saved student, at or below the given ones, each once."""
     cells = {}
     for run in map(Path, runs):
-        found = [path.parent.parent for path in sorted(run.glob("**/last/student.json"))]
+        found = [*(path.parent for path in run.glob("**/metrics.json")),
+                 *(path.parent.parent for path in run.glob("**/last/student.json"))]
         if not found:
-            raise UserError(f"{run} holds no saved run (ARM/SEED/last/): "
-                            "give a training's --out, or a folder in it")
-        cells |= dict.fromkeys(found)
+            raise UserError(f"{run} holds no saved run (ARM/SEED/): give a training's --out, or part of it")
+        cells |= dict.fromkeys(sorted(found))
     return list(cells)
 
 
+def read_cells(folders):
+    """{folder: its metrics.json}; an unfinished cell has none."""
+    return {folder: json.loads((folder / "metrics.json").read_text()) for folder in folders
+            if (folder / "metrics.json").exists()}
+
+
 def evaluate_cell(cell, data_dir, batch_size, device):
-    """Score a cell's saved students again and write predictions_*; returns its metrics anew."""
+    """Score a cell's saved students again, write predictions_*; its metrics anew, and who is right on dev."""
     from student import load_student
 
-    config, path = json.loads((cell / "config.json").read_text()), cell / "metrics.json"
-    metrics = (json.loads(path.read_text()) if path.exists()
-               else {"task": config["task"], "arm": config["arms"][0]})
+    config = json.loads((cell / "config.json").read_text())
+    metrics = read_cells([cell]).get(cell) or {"task": config["task"], "arm": config["arms"][0]}
     task = find_task(config["task"])
     splits = load_task(task.name, data_dir or config["data_dir"], config["cache_dir"])
 
@@ -107,58 +218,183 @@ def evaluate_cell(cell, data_dir, batch_size, device):
         found = answers("last", split)
         write_predictions(cell, split, task, splits[split], found)
         metrics[split] = score(task, splits[split], found)
+        if split == "dev":
+            right = [answer == example.label for answer, example in zip(found, splits[split])]
     if (cell / "best").exists():  # not in a run that was stopped before its first evaluation
         metrics["best"] = {**(metrics.get("best") or {}),
                            "dev": score(task, splits["dev"], answers("best", "dev"))}
-    return metrics
+    return metrics, right
 
 
-def table(cells):
-    """The text for metrics.json contents: an arm a line, mean and standard deviation over seeds, in %."""
-    def spread(values):
-        values = [100 * value for value in values if value is not None]
-        deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.1f}{deviation}" if values else "-"
+def by_run(cells):
+    """Yields (run folder, task, {arm: {seed: (cell folder, metrics)}}), the arms in the training's order."""
+    for run in dict.fromkeys(folder.parent.parent for folder in cells):
+        mine = [(folder, metrics) for folder, metrics in cells.items() if folder.parent.parent == run]
+        path, arms = run / "config.json", {}
+        for arm in json.loads(path.read_text())["arms"] if path.exists() else ():
+            arms[arm] = {}
+        for folder, metrics in sorted(mine, key=lambda item: int(item[0].name)):
+            arms.setdefault(metrics["arm"], {})[int(folder.name)] = folder, metrics
+        yield run, find_task(mine[0][1]["task"]), {arm: seeds for arm, seeds in arms.items() if seeds}
 
+
+# ---- what a person reads -----------------------------------------------------------------------------------
+def aligned(rows):
+    """Rows of texts -> lines with the columns under one another."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def spread(values):
+    """Mean and standard deviation over seeds of fractions, as a text in %."""
+    values = [100 * value for value in values if value is not None]
+    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{deviation}" if values else "-"
+
+
+def report(cells):
+    """The text on {cell folder: metrics}, run by run; writes comparison.json into the folder of each run."""
     lines = []
-    for task in dict.fromkeys(cell["task"] for cell in cells):
-        metric, here = find_task(task).metrics[0], [cell for cell in cells if cell["task"] == task]
-        lines += [f"{task}: dev {metric} in %, mean ± standard deviation over seeds",
-                  f"{'arm':<16} {'seeds':>5}   {'last epoch':<12} {'best epoch*':<12} {'aligner alone':<14} "
-                  "gradient norm"]
-        for arm in dict.fromkeys(cell["arm"] for cell in here):
-            rows = [cell for cell in here if cell["arm"] == arm]
-            norms = [row["grad_norm"] for row in rows if "grad_norm" in row]
-            lines.append(f"{arm:<16} {len(rows):>5}   {spread([row['dev'][metric] for row in rows]):<12} "
-                         f"{spread([row['best']['dev'][metric] for row in rows if row.get('best')]):<12} "
-                         f"{spread([(row.get('aligner') or {}).get(metric) for row in rows]):<14} "
-                         + (f"{np.mean(norms):.2f}" if norms else "-"))
-    return "\n".join([*lines, "* chosen on dev, so too good: compare arms by the last epoch"])
+    for run, task, arms in by_run(cells):
+        metric = task.metrics[0]
+        rows = [("arm", "seeds", "last epoch", "best epoch*", "aligner alone", "retrieval@1", "CKA", "grad")]
+        for arm, seeds in arms.items():
+            found = [metrics for _, metrics in seeds.values()]
+            norms = [metrics["grad_norm"] for metrics in found if "grad_norm" in metrics]
+            rows.append((arm, str(len(found)), spread(metrics["dev"][metric] for metrics in found),
+                         spread(metrics["best"]["dev"][metric] for metrics in found if metrics.get("best")),
+                         *(spread((metrics.get(part) or {}).get(name) for metrics in found) for part, name in
+                           (("aligner", metric), ("spaces", "retrieval@1"), ("spaces", "cka"))),
+                         f"{np.mean(norms):.2f}" if norms else "-"))
+        lines += [f"{task.name}: dev {metric} in %, mean ± standard deviation over seeds", *aligned(rows),
+                  "* chosen on dev, so too good: compare arms by the last epoch"]
+        # Only finished cells are compared: one that was stopped on its way has no "control" in its metrics.
+        scores = {arm: {seed: metrics["dev"][metric] for seed, (_, metrics) in seeds.items()
+                        if "control" in metrics} for arm, seeds in arms.items()}
+        found = compare(scores, [arm for arm, seeds in arms.items()
+                                 if any(metrics.get("control") for _, metrics in seeds.values())])
+        if found:
+            lines += ["paired differences in points [95 % interval, from 5 seeds on], p after Holm",
+                      *verdicts(found)]
+        arms = {arm: {"scores": by_seed, "interval": bootstrap_interval([*by_seed.values()]),
+                      **found.get(arm, {})} for arm, by_seed in scores.items() if by_seed}
+        (run / "comparison.json").write_text(
+            json.dumps({"task": task.name, "metric": metric, "arms": arms}, indent=1))
+    return "\n".join(lines)
+
+
+def verdicts(found):
+    """The lines on compare()'s answer, an arm each."""
+    def words(row):
+        ends = row["interval"] and f" [{100 * row['interval'][0]:+.1f}, {100 * row['interval'][1]:+.1f}]"
+        return f"{100 * row['difference']:+.1f}{ends or ''}, p {row['p_holm']:.2g}"
+
+    rows = [("arm", "to undistilled", "to its best control", "verdict")]
+    for arm, answer in found.items():
+        best, each = answer["best_control"], answer["comparisons"]
+        every = f" every control: {', '.join(each)}" if answer["verdict"] == "BEATS" else ""
+        note = f" ({answer['note']})" if answer["note"] else ""
+        rows.append((arm, words(each["undistilled"]) if "undistilled" in each else "-",
+                     f"{words(each[best])} ({best})", answer["verdict"] + every + note))
+    return aligned(rows)
+
+
+def agreement(a, b, results):
+    """The text on two cells, from evaluate_cell's results: on how many dev examples which one is right."""
+    (first, right_a), (second, right_b) = results
+    if first["task"] != second["task"] or not find_task(first["task"]).labels:
+        raise UserError(f"{a} and {b}: example by example, give two cells of one classification task")
+    (both, only_a, only_b, neither), p = mcnemar(right_a, right_b)
+    return (f"{first['task']}, {len(right_a)} dev examples: both right {both}, only {a} {only_a}, "
+            f"only {b} {only_b}, both wrong {neither}; McNemar's exact p {p:.2g}")
+
+
+def plot(cells):
+    """Writes learning_curves.png, arms.png and, given two doses, dose_response.png into each run's folder."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")  # to files: no window, no screen
+    from matplotlib import pyplot
+
+    def mark(ax, x, values, full):
+        """The seeds as faint dots, beside them their mean (hollow for a control) with its interval."""
+        mean, ends = np.mean(values), bootstrap_interval(values)
+        ax.plot([x] * len(values), values, ".", color="0.65", zorder=1)
+        ax.errorbar(x, mean, ends and [[mean - ends[0]], [ends[1] - mean]], fmt="o", color="black", capsize=5,
+                    markerfacecolor="black" if full else "white")
+
+    for run, task, arms in by_run(cells):
+        metric = task.metrics[0]
+        (figure1, curves), (figure2, dots), (figure3, doses) = (
+            pyplot.subplots(figsize=(7, 4.5), layout="constrained") for _ in range(3))
+        scores = {arm: [100 * metrics["dev"][metric] for _, metrics in seeds.values()]
+                  for arm, seeds in arms.items()}
+        rhos = {}
+        for i, (arm, seeds) in enumerate(arms.items()):
+            by_epoch, (_, first) = {}, next(iter(seeds.values()))
+            for folder, _ in seeds.values():
+                for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
+                    if "dev" in line:
+                        by_epoch.setdefault(line["epoch"], []).append(100 * line["dev"][metric])
+            curves.plot(by_epoch.keys(), [np.mean(values) for values in by_epoch.values()], label=arm,
+                        marker="osD^v<>PX*"[i % 10], linestyle=("-", "--", ":", "-.")[i % 4],
+                        color=str(0.7 * i / len(arms)))  # told apart in grey print too
+            mark(dots, i, scores[arm], not first.get("control"))
+            if arm == "armada" or arm.startswith("dose-"):
+                rhos[float(first["teacher"].partition(":")[2] or 1)] = scores[arm]
+        curves.set(xlabel="epoch", title=f"{task.name}: mean over seeds")
+        curves.legend(fontsize="small")
+        dots.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
+        dots.set(title=f"{task.name}: hollow controls, dots for seeds, 95 % intervals")
+        for rho, values in rhos.items():
+            mark(doses, rho, values, True)
+        doses.plot(sorted(rhos), [np.mean(rhos[rho]) for rho in sorted(rhos)], color="black")
+        if "undistilled" in scores:
+            doses.axhline(np.mean(scores["undistilled"]), color="0.4", linestyle="--", label="undistilled")
+            doses.legend()
+        doses.set(xlabel="dose of the picture, RHO", title=f"{task.name}: painter:RHO, 95 % intervals")
+        for figure, ax, name in ((figure1, curves, "learning_curves"), (figure2, dots, "arms"),
+                                 (figure3, doses, "dose_response"))[:3 if len(rhos) > 1 else 2]:
+            ax.set_ylabel(f"dev {metric} (%)")
+            figure.savefig(run / f"{name}.png", dpi=150)
+            print(f"wrote {run / name}.png")
+        pyplot.close("all")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="eval.py", allow_abbrev=False,
-        description="Score saved runs again, write predictions and print the table.")
-    parser.add_argument("runs", nargs="+", metavar="RUN",
-                        help="Folder that a training wrote, or a folder inside it.")
-    parser.add_argument("--data-dir",
-                        help="Folder of the task files, where they have moved since the training.")
-    parser.add_argument("--batch-size", type=int, default=64, help="Texts evaluated at once (64 by default).")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"),
-                        help="Device to evaluate on (cpu by default).")
+        description="Compare the arms of saved runs, or two saved students example by example.")
+    flag = parser.add_argument
+    flag("runs", nargs="+", metavar="RUN", help="Folder that a training wrote, or a folder inside it; two "
+                                                "ARM/SEED folders are compared example by example.")
+    flag("--plot", action="store_true", help="Draw learning curves, arms and doses into the run's folder.")
+    flag("--rescore", action="store_true", help="Score the saved students anew and write predictions_*.")
+    flag("--data-dir", help="Folder of the task files, where they have moved since the training.")
+    flag("--batch-size", type=int, default=64, help="Texts evaluated at once (64 by default).")
+    flag("--device", default="cpu", choices=("cpu", "cuda"), help="Device to evaluate on (cpu by default).")
     args = parser.parse_args(argv)
     try:
-        import torch
+        folders, results = find_cells(args.runs), {}
+        pair = len(args.runs) == 2 and folders == [Path(run) for run in args.runs]
+        cells = {} if pair or args.rescore else read_cells(folders)
+        for folder in [folder for folder in folders if folder not in cells]:
+            import torch
 
-        if args.batch_size < 1 or (args.device == "cuda" and not torch.cuda.is_available()):
-            raise UserError(f"--batch-size {args.batch_size} --device {args.device}: "
-                            "a batch of 1 or more, a device that is here")
-        results = []
-        for cell in find_cells(args.runs):
-            print(f"scoring {cell}", file=sys.stderr)
-            results.append(evaluate_cell(cell, args.data_dir, args.batch_size, args.device))
-        print(table(results))
+            if args.batch_size < 1 or (args.device == "cuda" and not torch.cuda.is_available()):
+                raise UserError(f"--batch-size {args.batch_size} --device {args.device}: "
+                                "a batch of 1 or more, a device that is here")
+            print(f"scoring {folder}", file=sys.stderr)
+            results[folder] = evaluate_cell(folder, args.data_dir, args.batch_size, args.device)
+        if pair:
+            print(agreement(*folders, results.values()))
+        else:
+            cells = {folder: cells.get(folder) or results[folder][0] for folder in folders}
+            print(report(cells))
+            if args.plot:
+                plot(cells)
     except UserError as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

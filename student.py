@@ -100,18 +100,24 @@ class Student(nn.Module):
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
 
     @torch.inference_mode()
-    def answers(self, rows, batch_size=64, autocast=nullcontext):
-        """Class ids (or scores) for encoded rows, a list in order; texts of similar length share a batch."""
-        training, device, found = self.training, self.heads["classifier"].weight.device, {}
+    def outputs(self, rows, batch_size=64, autocast=nullcontext):
+        """Yields (positions in rows, their Outputs), batch by batch: texts of similar length share one."""
+        training, device = self.training, self.heads["classifier"].weight.device
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         self.eval()
         for start in range(0, len(order), batch_size):
             chosen = order[start:start + batch_size]
             batch = collate([rows[i] for i in chosen], self.tokenizer.pad_token_id)
             with autocast():
-                logits = self(**{key: value.to(device) for key, value in batch.items()}).logits
-            found.update(zip(chosen, predictions(logits).tolist()))
+                out = self(**{key: value.to(device) for key, value in batch.items()})
+            yield chosen, out
         self.train(training)
+
+    def answers(self, rows, batch_size=64, autocast=nullcontext):
+        """Class ids (or scores) for encoded rows, a list in their order."""
+        found = {}
+        for chosen, out in self.outputs(rows, batch_size, autocast):
+            found.update(zip(chosen, predictions(out.logits).tolist()))
         return [found[i] for i in range(len(rows))]
 
     def predict(self, texts):

@@ -7,6 +7,7 @@
 A teacher of your own is a class with these three names and one line in TEACHERS. A vector depends on its text
 alone, never on its neighbours in a list, so each is made once and kept.
 """
+import argparse
 import hashlib
 import re
 import sqlite3
@@ -32,6 +33,10 @@ class Teacher:
     def too_long(self, texts):
         """How many of the texts the teacher does not read to their end."""
         return 0
+
+    def picture(self, text):
+        """The picture of a text to look at, uint8 (H, W, 3), where there is one."""
+        raise UserError(f"{self.name} has no picture to show: try --teacher painter")
 
 
 class Painter(Teacher):
@@ -60,8 +65,12 @@ class Painter(Teacher):
     def encode(self, texts):
         return np.array([self.paint(text).ravel() for text in texts], np.float32).reshape(-1, self.dim)
 
+    def picture(self, text):
+        *colours, cover = self.paint(text)  # on white paper
+        return (255 * np.clip(np.stack(colours, -1) + 1 - cover[..., None], 0, 1)).astype(np.uint8)
+
     def paint(self, text):
-        """The picture of a text, (4, 16, 16)."""
+        """What encode flattens, (4, 16, 16)."""
         picture, words = np.zeros((4, 16, 16)), re.findall(r"\w+", text.lower())
         for word in words:
             if word not in OBJECTS:
@@ -223,3 +232,27 @@ def _finite(teacher, vectors, split, texts):
         raise UserError(f"{teacher.name} gave no finite vector for a text of {split}: "
                         f"{texts[int(bad.argmax())][:80]!r}")
     return vectors
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="teacher.py", allow_abbrev=False,
+                                     description="Look at what a teacher makes of a text.")
+    parser.add_argument("--show", required=True, metavar="TEXT", help="Text to draw.")
+    parser.add_argument("--teacher", default="painter", help="A teacher with pictures (painter by default).")
+    parser.add_argument("--out", default="picture.png", help="File to write (picture.png by default).")
+    args = parser.parse_args(argv)
+    try:
+        pixels = build_teacher(args.teacher).picture(args.show)
+        from PIL import Image
+
+        factor = -(-512 // max(pixels.shape))  # to 512 pixels or somewhat more, none of them smoothed
+        Image.fromarray(pixels.repeat(factor, axis=0).repeat(factor, axis=1)).save(args.out)
+        print(f"wrote {args.out}")
+    except ImportError:
+        parser.exit(2, "teacher.py: error: --show needs pillow: pip install pillow\n")
+    except (UserError, OSError, ValueError) as error:  # no such teacher, folder, file type
+        parser.exit(2, f"teacher.py: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

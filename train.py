@@ -5,9 +5,8 @@
     python train.py --resume runs/rte                # go on where a run was stopped or killed
 
 Each epoch trains the TS Aligner over the data once, then the student once, pulled towards the aligner as it
-stands. A run is a grid of arms and seeds:
-OUT/ARM/SEED/{config.json, log.jsonl, last/, best/, metrics.json, predictions_*}. Within a seed all arms share
-initial weights, data order and dropout, so that their differences are paired.
+stands. A run is a grid: OUT/ARM/SEED/{config.json, log.jsonl, last/, best/, metrics.json, predictions_*}. In
+a seed all arms share initial weights, data order and dropout, so that their differences are paired.
 """
 import argparse
 import dataclasses
@@ -23,6 +22,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from data import CACHE, UserError, collate, encode, find_task, known, length_grouped_batches, load_task
@@ -35,12 +35,24 @@ def option(default, help, **limits):
 
 
 # An arm is one line of overrides. A claim is "armada beats its best control".
-# DEVIATION: the authors compare with one baseline, without the auxiliary head; here are both.
+# DEVIATION: the authors compare with one baseline, without the auxiliary head; here are four controls.
 ARMS = {
+    # Controls: no teacher, or the wrong one; metrics.json says so to eval.py.
     "undistilled": {"alpha": 0.0, "beta": 0.0, "gamma": 0.0},  # the student alone
     "undistilled-aux": {"alpha": 0.0, "beta": 0.0},            # with its auxiliary head, as in the method
+    "shuffled": {"pairing": "shuffled"},                       # the method with other texts' pictures
+    "noise": {"pairing": "noise"},                             # with noise of the pictures' mean and variance
     "armada": {},                                              # the method
-    "shuffled": {"pairing": "shuffled"},                       # the method with the wrong pictures
+    # Ablations: the teacher's own vectors, and one part of the method less or otherwise.
+    "random-aligner": {"aligner_lr": 0.0},                     # never trained
+    "no-output": {"output_weight": 0.0},                       # no soft labels; the rest of L_S as it was
+    "alpha-0": {"alpha": 0.0},                                 # the paper's: no soft labels, full true labels
+    "no-manifold": {"beta": 0.0},
+    "no-aux": {"gamma": 0.0},
+    "euclidean": {"loss": "euclidean"},
+    "cosine": {"loss": "cosine"},
+    # Doses of the painter; armada is dose 1.
+    **{f"dose-{rho}": {"teacher": f"painter:{rho}"} for rho in ("0", "0.25", "0.5", "0.75")},
 }
 
 
@@ -48,47 +60,42 @@ ARMS = {
 class Config:
     """One run; argparse is built from these fields. None means "it depends" and is filled in by resolve()."""
 
-    task: str = option(None, "Task to learn: objects, which is built in, "
-                             "or an understanding task such as rte.")
-    student: str = option(None, "Short name, hub id, local folder or tiny; "
-                                "bert-base by default (objects: tiny).")
-    teacher: str = option(None, "One of painter[:RHO], clip[:MODEL], vectors:FOLDER; "
-                                "by default clip (objects: painter).")
-    arms: tuple = option(None, f"Arms, with commas ({', '.join(ARMS)}); undistilled, armada and shuffled "
-                               "by default, but armada alone when a task is named.")
-    seeds: tuple = option(None, "Seeds, with commas; 0 to 6 by default, but 0 alone when a task is named.")
-    data_dir: str = option(None, "Folder that holds the official RTE/, CoLA/ ...; "
-                                 "without it they are downloaded.")
+    task: str = option(None, "Task to learn: objects (built in) or an understanding task such as rte.")
+    student: str = option(None, "Short name, hub id, folder or tiny; bert-base by default (objects: tiny).")
+    teacher: str = option(None, "One of painter[:RHO], clip[:MODEL], vectors:FOLDER; clip by default "
+                                "(objects: painter).")
+    arms: tuple = option(None, f"Arms, with commas ({', '.join(ARMS)}); armada by default, but undistilled, "
+                               "armada and shuffled when no task is named.")
+    seeds: tuple = option(None, "Seeds, with commas; 0 by default, but 0 to 6 when no task is named.")
+    data_dir: str = option(None, "Folder with the official RTE/, CoLA/ ...; without it they are downloaded.")
     cache_dir: str = option(CACHE, "Folder for downloads and teacher vectors.")
     out: str = option(None, "Folder to write; runs/TASK by default, or runs/TASK-2 ... when that is taken.")
-    resume: str = option(None, "Run, or one ARM/SEED folder of it, to go on with; "
-                               "it remembers its other flags.")
+    resume: str = option(None, "Run, or one ARM/SEED of it, to go on with; it remembers its other flags.")
     # DEVIATION: the paper reports three kinds; our default compares each text with its own picture.
-    loss: str = option("manifold", "Manifold loss: euclidean and cosine compare batch means, "
-                                   "manifold each example.", choices=("euclidean", "cosine", "manifold"))
+    loss: str = option("manifold", "Manifold loss: of batch means (euclidean, cosine) or of each example.",
+                       choices=("euclidean", "cosine", "manifold"))
     alpha: float = option(0.5, "Weight of the soft labels against the true ones.", low=0, high=1)
     beta: float = option(None, "Weight of the manifold loss; 1 by default (objects: 20).", low=0)
     gamma: float = option(1.0, "Weight of the auxiliary heads in the task and output losses.", low=0)
     temperature: float = option(5.0, "Temperature T of the soft labels.", above=0)
-    pairing: str = option("own", "Whose teacher vector a training text gets: its own or, shuffled, "
-                                 "another's.", choices=("own", "shuffled"))
+    output_weight: float = option(None, "Weight of the soft labels, where it is not to be alpha.", low=0)
+    pairing: str = option("own", "Whose vector a training text gets: its own, another's (shuffled) or noise.",
+                          choices=("own", "shuffled", "noise"))
     proj_dim: int = option(None, "Width of the shared projection space; the teacher's own by default.", low=1)
     orthogonal_student: bool = option(False, "Make the student's projection orthogonal too.")
     epochs: int = option(None, "Passes over the data; 10 by default (objects: 40).", low=1)
     batch_size: int = option(32, "Examples per optimizer step.", low=1)
-    micro_batch: int = option(None, "Examples in memory at once, a divisor of --batch-size; all by default.",
-                              low=1)
+    micro_batch: int = option(None, "Examples in memory at once, a divisor of --batch-size; or all.", low=1)
     max_length: int = option(128, "Tokens per text; a longer one has its longest field shortened.", low=4)
     lr: float = option(None, "The student's peak learning rate; 2e-5 by default (objects: 4e-3).", above=0)
     aligner_lr: float = option(1e-3, "The aligner's peak learning rate; 0 leaves it untrained.", low=0)
     device: str = option("auto", "Where to train: auto, cpu, cuda, cuda:N or mps.")
-    amp: str = option("auto", "Mixed precision; auto is bf16 where the GPU has it, else fp16 on CUDA, "
-                              "else off.", choices=("auto", "off", "bf16", "fp16"))
-    grad_checkpoint: str = option("auto", "Recompute activations to save memory; auto does on CUDA beyond "
-                                          "300 M parameters.", choices=("auto", "on", "off"))
+    amp: str = option("auto", "Mixed precision; auto: off on the CPU, bf16 where the GPU has it, else fp16.",
+                      choices=("auto", "off", "bf16", "fp16"))
+    grad_checkpoint: str = option("auto", "Recompute activations to save memory; auto: on CUDA beyond 300 M "
+                                          "parameters.", choices=("auto", "on", "off"))
     limit: int = option(None, "Keep only the first N training examples.", low=1)
-    eval_every: int = option(None, "Epochs between evaluations with checkpoint; 1 by default (objects: 10).",
-                             low=1)
+    eval_every: int = option(None, "Epochs between evaluations; 1 by default (objects: 10).", low=1)
 
     def __post_init__(self):
         self.task = self.task and self.task.lower()
@@ -105,42 +112,38 @@ class Config:
 FALLBACK = {"student": "bert-base", "teacher": "clip", "beta": 1.0, "epochs": 10, "lr": 2e-5, "eval_every": 1}
 
 
-def free_folder(task):
-    """runs/TASK, or the first runs/TASK-N that is not there: a second run never touches the first."""
-    names = (f"runs/{task}" + (f"-{n}" if n > 1 else "") for n in range(1, sys.maxsize))
-    return next(name for name in names if not os.path.exists(name))
-
-
 def resolve(config):
     """A copy with every default filled in and every value checked; UserError before any load or fetch."""
     from teacher import check_spec
 
-    bare, task = config.task is None, find_task(config.task or "objects")
-    defaults = {**FALLBACK, **task.defaults, "micro_batch": config.batch_size, "out": free_folder(task.name),
+    bare, task, n = config.task is None, find_task(config.task or "objects"), 2
+    out = free = f"runs/{task.name}"
+    while os.path.exists(free):  # a second run never touches the first
+        free, n = f"{out}-{n}", n + 1
+    defaults = {**FALLBACK, **task.defaults, "micro_batch": config.batch_size, "out": free,
                 "arms": ("undistilled", "armada", "shuffled") if bare else ("armada",),
                 "seeds": tuple(range(7)) if bare else (0,)}
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = dataclasses.replace(config, **missing, task=task.name)
+    config = replace(config, **missing, task=task.name)
     for field in dataclasses.fields(config):
         value, limits, flag = getattr(config, field.name), field.metadata, "--" + field.name.replace("_", "-")
         if "choices" in limits:
             known(value, limits["choices"], flag)
-        if field.type in (int, float) and value is not None:
-            words = {"low": "at least", "above": "above", "high": "at most"}
-            if not (math.isfinite(value) and limits.get("low", value) <= value <= limits.get("high", value)
-                    and value > limits.get("above", -math.inf)):
-                ends = " and ".join(f"{word} {limits[end]}" for end, word in words.items() if end in limits)
-                raise UserError(f"{flag} {value} must be a number {ends}")
+        elif field.type in (int, float) and value is not None:
+            low, high, above = limits.get("low", -math.inf), limits.get("high", math.inf), limits.get("above")
+            if not (low <= value <= high and math.isfinite(value) and (above is None or value > above)):
+                ends = f"above {above}" if above is not None else f"at least {low}"
+                raise UserError(f"{flag} {value} must be a number {ends}"
+                                + (f" and at most {high}" if high < math.inf else ""))
     for arm in config.arms:
         known(arm, ARMS, "arm")
     for flag, items in (("--arms", config.arms), ("--seeds", config.seeds)):
         if len(set(items)) != len(items) or not items or (flag == "--seeds" and min(items) < 0):
             raise UserError(f"{flag} {','.join(map(str, items))}: name each once, seeds from 0")
     if config.batch_size % config.micro_batch:
-        fits = [m for m in range(1, config.batch_size + 1) if config.batch_size % m == 0]
-        near = sorted(sorted(fits, key=lambda m: abs(m - config.micro_batch))[:2])
+        fits = [m for m in range(1, config.micro_batch) if config.batch_size % m == 0]
         raise UserError(f"--micro-batch {config.micro_batch} must divide --batch-size {config.batch_size}: "
-                        f"try {' or '.join(map(str, near))}")
+                        f"try {max(fits)}")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
         raise UserError(f"--device {config.device}: choose auto, cpu, cuda, cuda:N or mps")
     check_spec(config.teacher)
@@ -187,7 +190,7 @@ def resume_config(folder, typed):
         raise UserError(f"--resume {folder}: this run's {'; '.join(differ)}: "
                         "leave it out, or start anew with --out")
     is_cell = folder.resolve().parts[-2:] == (saved.arms[0], str(saved.seeds[0]))
-    return dataclasses.replace(saved, resume=str(folder),
+    return replace(saved, resume=str(folder),
                                out=str(folder.parent.parent if is_cell else folder))
 
 
@@ -238,14 +241,13 @@ def lr_factor(step, steps):
 
 def precision(config):
     """(device, autocast context, GradScaler, the reason in words), so the loop has no precision branch."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
+    found, amp, why = "cuda" if torch.cuda.is_available() else "cpu", config.amp, "as asked"
     device = torch.device(found if config.device == "auto" else config.device)
     if (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
             or device.type == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"--device {config.device}: torch sees no such device here; try --device {found}")
-    if config.amp == "fp16" and device.type != "cuda":
+    if amp == "fp16" and device.type != "cuda":
         raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
-    amp, why = config.amp, "as asked"
     if amp == "auto" and device.type != "cuda":
         amp, why = "off", f"float32 on {device.type}"
     elif amp == "auto":
@@ -296,8 +298,7 @@ def write_json(path, content):
 @contextmanager
 def interruptible():
     """Yields a list that Ctrl-C fills instead of raising: no step is cut in half; a second stops at once."""
-    pressed = []
-    handler = signal.default_int_handler
+    pressed, handler = [], signal.default_int_handler
     before = signal.signal(signal.SIGINT, lambda *args: handler(*args) if pressed else pressed.append(1))
     try:
         yield pressed
@@ -323,33 +324,37 @@ def read_log(waiting, seconds, scaler):
         finite = [value for value in column if math.isfinite(value)]
         if len(finite) < len(column) and not (name == "grad_norm" and scaler.is_enabled()):
             bad = steps[next(i for i, value in enumerate(column) if not math.isfinite(value))]
-            raise UserError(f"the {bad['role']}'s {name} is not finite at step {bad['step']} "
-                            f"(epoch {bad['epoch']}); nothing was saved since. "
-                            "Lower --lr or --beta, or try --amp off")
+            raise UserError(f"the {bad['role']}'s {name} is not finite at step {bad['step']} (epoch "
+                            f"{bad['epoch']}); nothing was saved since. Lower --lr, --beta, or try --amp off")
         line[name] = sum(finite) / max(1, len(finite))
     return {**line, "tokens_per_second": round(line["tokens"] / seconds)}
 
 
 # ---- the data of a run -------------------------------------------------------------------------------------
 class Data:
-    """Examples, teacher vectors (if any arm looks at them) and token ids, once for all cells of the grid."""
+    """Examples, teacher vectors (of each teacher an arm looks at) and token ids, once for all cells."""
 
     def __init__(self, config):
         self.task, self.splits = (find_task(config.task),
                                   load_task(config.task, config.data_dir, config.cache_dir))
-        self.rows, self.vectors, teacher = {}, {}, build_teacher(config.teacher)
-        self.dim, self.teacher = teacher.dim, teacher.name  # the teacher itself may go: not needed again
-        if (config.proj_dim or 1) > self.dim:
-            raise UserError(f"--proj-dim {config.proj_dim} is more than the {self.dim} of {config.teacher}: "
-                            "an orthogonal projection cannot widen")
-        for split in ("train", "dev"):
-            texts = [self.task.prompt(example) for example in self.splits[split]]
-            if any(is_distilled(dataclasses.replace(config, **ARMS[arm])) for arm in config.arms):
-                limit = config.limit if split == "train" else None  # only texts that we train on are paid for
-                self.vectors[split] = teacher_vectors(teacher, split, texts, config.cache_dir, limit)
-                if split == "train":  # root mean square, not centred: beta means the same for every teacher.
-                    rms = np.sqrt(np.mean(np.square(self.vectors[split], dtype=np.float64))) or 1.0
-                self.vectors[split] = torch.from_numpy(self.vectors[split] / np.float32(rms))  # (N, d_e)
+        self.rows, self.vectors, arms = {}, {}, [replace(config, **ARMS[arm]) for arm in config.arms]
+        texts = {split: [self.task.prompt(example) for example in self.splits[split]]
+                 for split in ("train", "dev")}
+        # --teacher itself first: its width is that of the projection, which an undistilled arm has too.
+        for spec in dict.fromkeys([config.teacher, *(arm.teacher for arm in arms if is_distilled(arm))]):
+            teacher, found = build_teacher(spec), {}
+            if spec == config.teacher:
+                self.dim = teacher.dim
+            if (config.proj_dim or self.dim) > teacher.dim:
+                raise UserError(f"--proj-dim {config.proj_dim or self.dim} is more than the {teacher.dim} of "
+                                f"{spec}: an orthogonal projection cannot widen")
+            if any(arm.teacher == spec and is_distilled(arm) for arm in arms):
+                for split in texts:  # training texts beyond --limit are not paid for
+                    limit = config.limit if split == "train" else None
+                    found[split] = teacher_vectors(teacher, split, texts[split], config.cache_dir, limit)
+                # By the training root mean square, not centred: beta means the same for every teacher.
+                rms = np.float32(np.sqrt(np.mean(np.square(found["train"], dtype=np.float64))) or 1.0)
+                self.vectors[spec] = {split: torch.from_numpy(rows / rms) for split, rows in found.items()}
         self.splits["train"] = self.splits["train"][:config.limit]
         self.labels = torch.tensor([example.label for example in self.splits["train"]])  # (N,) int64/float32
 
@@ -367,18 +372,23 @@ class Data:
                 print(f"{split}: {short} of {len(examples)} texts were over {config.max_length} tokens: "
                       "their longest field was shortened", flush=True)
 
-    def pairing(self, config, seed):
-        """Whose vector each training text gets: its own, or one fixed derangement a seed (a single cycle)."""
-        source = np.arange(len(self.labels))
-        if config.pairing == "shuffled":
+    def lookup(self, config, seed):
+        """The function rows -> their teacher vectors (n, d_e): here the controls part from the method."""
+        vectors, source = self.vectors[config.teacher]["train"], np.arange(len(self.labels))
+        if config.pairing == "noise":  # fixed per example, as a picture is
+            mean, deviation = vectors.mean(0), vectors.std(0, correction=0)
+            draw = torch.Generator()
+            return lambda rows: torch.stack([mean + deviation * torch.randn(
+                len(mean), generator=draw.manual_seed(seed_of(seed, "noise", row))) for row in rows])
+        if config.pairing == "shuffled":  # one fixed derangement a seed, a single cycle; dev stays as it is
             order = np.random.default_rng(seed_of(seed, "shuffled")).permutation(source)
             source[order] = np.roll(order, 1)
-        return torch.from_numpy(source)
+        return lambda rows: vectors[source[rows]]
 
 
 def is_distilled(config):
     """Whether a configuration looks at the teacher at all."""
-    return bool(config.alpha or config.beta)
+    return any((config.beta, config.alpha if config.output_weight is None else config.output_weight))
 
 
 # ---- one cell of the grid: an arm with a seed --------------------------------------------------------------
@@ -401,7 +411,8 @@ class Cell:
         if {"on": True, "off": False, "auto": large}[config.grad_checkpoint]:
             self.student.checkpoint_gradients()
         torch.manual_seed(seed_of(self.seed, "aligner"))
-        self.aligner = TSAligner(data.dim, labels, proj_dim=proj_dim) if is_distilled(config) else None
+        self.vectors = data.vectors[config.teacher] if is_distilled(config) else None
+        self.aligner = self.vectors and TSAligner(self.vectors["dev"].size(1), labels, proj_dim=proj_dim)
         self.models = {"aligner": self.aligner, "student": self.student}  # in the order of an epoch
         self.models = {role: model.to(self.device) for role, model in self.models.items() if model}
         if data.task.kind == "regress" and not saved:  # a relu starting below 0 stays there: one seed in ten
@@ -465,13 +476,21 @@ class Cell:
         answers = self.student.answers(self.data.rows[split], size, self.autocast)
         return evaluation.score(self.data.task, self.data.splits[split], answers), answers
 
-    def evaluate_aligner(self):
-        """The aligner's dev metrics: what can be read off the teacher's vectors. None without an aligner."""
+    @torch.inference_mode()
+    def evaluate_aligner(self, first=1000):
+        """{"aligner": its own dev metrics, what can be read off the teacher's vectors; "spaces": how well
+        p_s meets p_t on the first dev texts}; both None without an aligner."""
         if self.aligner is None:
-            return None
-        with torch.inference_mode():
-            logits = self.aligner.eval()(self.data.vectors["dev"].to(self.device)).logits
-        return evaluation.score(self.data.task, self.data.splits["dev"], predictions(logits).tolist())
+            return {"aligner": None, "spaces": None}
+        logits, _, p_t = self.aligner.eval()(self.vectors["dev"].to(self.device))
+        p_t, rows = p_t[:first].cpu(), self.data.rows["dev"][:first]
+        p_s = torch.empty_like(p_t)
+        for chosen, out in self.student.outputs(rows, 2 * self.config.micro_batch, self.autocast):
+            p_s[chosen] = out.proj.float().cpu()
+        p_t, p_s = p_t.numpy(), p_s.numpy()
+        scores = evaluation.score(self.data.task, self.data.splits["dev"], predictions(logits).tolist())
+        return {"aligner": scores, "spaces": {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s),
+                                              "cka": evaluation.linear_cka(p_t, p_s)}}
 
     def log(self, line):
         with open(self.folder / "log.jsonl", "a") as file:
@@ -482,7 +501,8 @@ def run(cell):
     """Train one cell from where it stands to the end. This is the method, top to bottom."""
     config, data, device, aligner = cell.config, cell.data, cell.device, cell.aligner
     steps = math.ceil(len(data.labels) / config.batch_size)  # an epoch's, for each role
-    source, began, waiting = data.pairing(config, cell.seed), time.perf_counter() - cell.seconds, []
+    lookup, waiting = aligner and data.lookup(config, cell.seed), []
+    began = time.perf_counter() - cell.seconds
     unscaled = torch.amp.GradScaler(device.type, enabled=False)  # the aligner is float32
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -501,7 +521,7 @@ def run(cell):
                 part = rows[micro:micro + config.micro_batch]
                 torch.manual_seed(seed_of(cell.seed, role, epoch, step, micro))
                 y = to_device(data.labels[part], device)                                         # (B,)
-                e = to_device(data.vectors["train"][source[part]], device) if aligner else None  # (B, d_e)
+                e = to_device(lookup(part), device) if aligner else None  # (B, d_e)
                 if role == "aligner":
                     loss, parts = aligner_loss(model(e), y, config.gamma), {}
                 else:
@@ -512,7 +532,8 @@ def run(cell):
                         out = model(**{key: to_device(value, device) for key, value in x.items()})
                     loss, parts = student_loss(
                         out, target, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma,
-                        temperature=config.temperature, kind=config.loss)
+                        temperature=config.temperature, kind=config.loss,
+                        output_weight=config.output_weight)
                 share = len(part) / len(rows)  # of the batch: exact for a short last micro-batch too
                 scaler.scale(loss * share).backward()
                 for name, value in {**parts, "loss": loss}.items():
@@ -538,7 +559,7 @@ def run(cell):
                    and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs))
             if due:
                 scores, _ = cell.evaluate()
-                cell.log({"epoch": epoch + 1, "dev": scores, "aligner": cell.evaluate_aligner()})
+                cell.log({"epoch": epoch + 1, "dev": scores, **cell.evaluate_aligner()})
                 headline = data.task.metrics[0]
                 if cell.best is None or scores[headline] > cell.best["dev"][headline]:
                     cell.best = {"epoch": epoch + 1, "dev": scores}
@@ -553,15 +574,16 @@ def run(cell):
 
 def finish(cell):
     """Finish the cell: score the last epoch's student on all splits, write predictions_* and metrics.json."""
-    config, data = cell.config, cell.data
-    lines = [json.loads(line) for line in (cell.folder / "log.jsonl").read_text().splitlines()]
-    norms = [(line["grad_norm"], line["steps"]) for line in lines if line.get("role") == "student"]
+    config, data, lines = cell.config, cell.data, (cell.folder / "log.jsonl").read_text().splitlines()
+    norms = [(line["grad_norm"], line["steps"]) for line in map(json.loads, lines)
+             if line.get("role") == "student"]
     # On the CPU the process's high-water mark; Linux counts it in KiB, macOS in bytes.
     peak = (torch.cuda.max_memory_allocated(cell.device) if cell.device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     metrics = {
-        "task": data.task.name, "student": config.student, "teacher": data.teacher, "arm": config.arms[0],
-        "seed": cell.seed, "best": cell.best, "aligner": cell.evaluate_aligner(),
+        "task": data.task.name, "student": config.student, "teacher": config.teacher, "arm": config.arms[0],
+        "seed": cell.seed, "control": not is_distilled(config) or config.pairing != "own",
+        "best": cell.best, **cell.evaluate_aligner(),
         "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
         "parameters": sum(p.numel() for p in cell.student.parameters()), "seconds": round(cell.seconds, 1),
         "peak_memory_mib": peak >> 20}
@@ -599,7 +621,7 @@ def train(config):
             write_json(out / "config.json", vars(config))
         data = Data(config)
     for seed, arm in todo:
-        cell, folder = (dataclasses.replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm]),
+        cell, folder = (replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm]),
                         out / arm / str(seed))
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", vars(cell))
@@ -618,7 +640,8 @@ def main(argv=None):
     if config.student == "tiny":
         torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
     try:
-        print(evaluation.table([metrics for seeds in train(config).values() for metrics in seeds.values()]))
+        train(config)
+        print(evaluation.report(evaluation.read_cells(evaluation.find_cells([out]))))
     except UserError as error:
         fail(error)
     except torch.OutOfMemoryError:

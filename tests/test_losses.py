@@ -197,6 +197,18 @@ def test_student_loss_is_the_weighted_sum_of_its_parts_which_are_reported_before
     torch.testing.assert_close(total, 0.7 * task + 0.3 * output + 7.0 * manifold)
 
 
+def test_an_output_weight_of_its_own_drops_the_soft_labels_and_nothing_else():
+    """The arm `no-output`. It is (1 - alpha) times `alpha-0` with beta / (1 - alpha), and AdamW does not see
+    a constant factor, except through the clip: no-output is alpha-0 with a larger beta."""
+    s, t, y = outputs(), outputs(), torch.tensor([0, 2, 1, 1, 0])
+    common = dict(gamma=0.2, temperature=5.0, kind="manifold")
+    total, parts = student_loss(s, t, y, alpha=0.3, beta=7.0, output_weight=0.0, **common)
+    torch.testing.assert_close(total, 0.7 * parts["task"] + 7.0 * parts["manifold"])
+    torch.testing.assert_close(total, 0.7 * student_loss(s, t, y, alpha=0.0, beta=10.0, **common)[0])
+    assert student_loss(s, t, y, alpha=0.3, beta=7.0, output_weight=0.3, **common)[0] == student_loss(
+        s, t, y, alpha=0.3, beta=7.0, **common)[0]
+
+
 def test_no_gradient_reaches_the_teachers_side():
     s, t = outputs(), outputs()
     student_loss(s, t, torch.zeros(B, dtype=torch.long), alpha=0.5, beta=1.0, gamma=1.0, temperature=5.0,

@@ -106,13 +106,71 @@ def test_each_epoch_shows_every_example_once_to_the_aligner_and_then_once_to_the
     assert [role for _, role, _, _ in cell_of(tmp_path / "u", "undistilled").schedule()] == ["student"] * 6
 
 
+def looked_up(cell, pairing, seed, rows=range(40)):
+    return cell.data.lookup(dataclasses.replace(cell.config, pairing=pairing), seed)(list(rows))
+
+
 def test_shuffling_gives_every_text_another_texts_vector_and_each_vector_once(tmp_path):
     cell = cell_of(tmp_path)
-    own = cell.data.pairing(cell.config, 0)
-    mixed, again, other = (
-        cell.data.pairing(dataclasses.replace(cell.config, pairing="shuffled"), seed) for seed in (0, 0, 1))
-    assert own.tolist() == list(range(40)) == sorted(mixed.tolist())
-    assert (mixed != own).all() and torch.equal(mixed, again) and not torch.equal(mixed, other)
+    own = looked_up(cell, "own", 0)
+    mixed, again, other = (looked_up(cell, "shuffled", seed) for seed in (0, 0, 1))
+    assert torch.equal(own, cell.data.vectors["painter"]["train"])
+    assert (mixed != own).any(1).all() and torch.equal(mixed, again) and not torch.equal(mixed, other)
+    assert sorted(mixed.tolist()) == sorted(own.tolist())
+
+
+def test_noise_has_the_vectors_moments_and_belongs_to_its_example(tmp_path):
+    """Mean and variance of each dimension are the pictures'; nothing else is, and no batch changes it."""
+    cell = cell_of(tmp_path)
+    own = looked_up(cell, "own", 0)
+    draws = torch.stack([looked_up(cell, "noise", seed) for seed in range(50)]).flatten(0, 1)  # (2000, d_e)
+    deviation = own.std(0, correction=0)
+    assert ((draws.mean(0) - own.mean(0)).abs() <= 5 * deviation / 2000**0.5 + 1e-6).all()
+    torch.testing.assert_close(draws.std(0), deviation, rtol=0.15, atol=1e-6)
+    alone, again = looked_up(cell, "noise", 0, [7]), looked_up(cell, "noise", 0)[[7]]
+    assert torch.equal(alone, again) and not torch.equal(alone, looked_up(cell, "noise", 1, [7]))
+    assert not torch.equal(alone, looked_up(cell, "noise", 0, [8]))
+
+
+def test_every_arm_is_one_line_of_overrides_and_controls_are_those_without_the_teachers_vectors(tmp_path):
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert all(overrides.keys() <= fields and len(overrides) <= 3 for overrides in ARMS.values())
+    config = Config(task="objects", arms=tuple(ARMS), epochs=1, limit=40, out=str(tmp_path / "run"))
+    found = train(config)
+    assert [arm for arm in ARMS if found[arm][0]["control"]] == [
+        "undistilled", "undistilled-aux", "shuffled", "noise"]
+    for arm in ARMS:
+        spaces = found[arm][0]["spaces"]
+        assert (spaces is None) == arm.startswith("undistilled")
+        assert spaces is None or (0 <= spaces["retrieval@1"] <= 1 and 0 <= spaces["cka"] <= 1)
+    assert found["dose-0.25"][0]["teacher"] == "painter:0.25" and found["armada"][0]["teacher"] == "painter"
+
+
+def test_a_dose_is_read_from_its_own_painter():
+    data = Data(resolve(Config(**{**QUICK, "arms": ("undistilled", "armada", "dose-0.25")})))
+    assert set(data.vectors) == {"painter", "painter:0.25"}
+    for spec, vectors in data.vectors.items():
+        raw = build_teacher(spec).encode([TASKS["objects"].prompt(e) for e in data.splits["dev"]])
+        scale = np.linalg.norm(vectors["dev"]) / np.linalg.norm(raw)
+        np.testing.assert_allclose(vectors["dev"], raw * scale, rtol=1e-4, atol=1e-5)
+
+
+def test_an_untrained_aligner_stays_as_it_was(tmp_path):
+    cell = cell_of(tmp_path, "random-aligner", epochs=1)
+    before = {name: value.clone() for name, value in cell.aligner.state_dict().items()}
+    run(cell)
+    assert_identical(cell.aligner.state_dict(), before)
+
+
+def test_the_alignment_in_metrics_json_is_that_of_the_saved_student(tmp_path):
+    cell = cell_of(tmp_path, epochs=1)
+    run(cell)
+    student, rows = load_student(tmp_path / "last"), cell.data.rows["dev"]
+    p_t = cell.aligner.eval()(cell.vectors["dev"]).proj.detach().numpy()
+    with torch.inference_mode():
+        p_s = student(**collate(rows, student.tokenizer.pad_token_id)).proj.numpy()
+    expected = {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s), "cka": evaluation.linear_cka(p_t, p_s)}
+    assert outcome(tmp_path)["spaces"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_teacher_vectors_are_divided_by_the_training_root_mean_square_and_not_centred(tmp_path):
@@ -121,8 +179,8 @@ def test_teacher_vectors_are_divided_by_the_training_root_mean_square_and_not_ce
     for split in ("train", "dev"):  # dev vectors by the TRAINING root mean square
         raw = build_teacher("painter").encode([TASKS["objects"].prompt(e) for e in data.splits[split]])
         scale = scale or np.sqrt((raw.astype(float) ** 2).mean())
-        np.testing.assert_allclose(data.vectors[split].numpy(), raw / scale, rtol=1e-5)
-    assert [len(data.vectors[split]) for split in ("train", "dev")] == [40, 500]
+        np.testing.assert_allclose(data.vectors["painter"][split].numpy(), raw / scale, rtol=1e-5)
+    assert [len(data.vectors["painter"][split]) for split in ("train", "dev")] == [40, 500]
 
 
 # ---- the step ----------------------------------------------------------------------------------------------
@@ -153,7 +211,7 @@ def test_three_steps_of_each_role_are_adamw_with_clipped_gradients_and_the_sched
     optimizers = {role: torch.optim.AdamW(twin.models[role].parameters(), weight_decay=0.01)
                   for role in rates}
     for _, role, step, rows in twin.schedule():
-        model, y, e = twin.models[role].eval(), twin.data.labels[rows], twin.data.vectors["train"][rows]
+        model, y, e = twin.models[role].eval(), twin.data.labels[rows], twin.vectors["train"][rows]
         if role == "aligner":
             loss = losses.aligner_loss(model(e), y, 1.0)
         else:
@@ -186,23 +244,24 @@ def test_every_flag_of_the_losses_reaches_them(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "aligner_loss",
                         lambda out, y, gamma: seen.append(gamma) or losses.aligner_loss(out, y, gamma))
     cell = cell_of(tmp_path, epochs=1, alpha=0.3, beta=7.0, gamma=0.2, temperature=3.0, loss="cosine",
-                   proj_dim=50, orthogonal_student=True, grad_checkpoint="on")
+                   proj_dim=50, orthogonal_student=True, grad_checkpoint="on", output_weight=0.1)
     run(cell)
-    assert seen[0] == 0.2 and seen[-1] == dict(alpha=0.3, beta=7.0, gamma=0.2, temperature=3.0, kind="cosine")
+    assert seen[0] == 0.2 and seen[-1] == dict(alpha=0.3, beta=7.0, gamma=0.2, temperature=3.0, kind="cosine",
+                                               output_weight=0.1)
     assert cell.student.lm.is_activation_checkpointing or cell.student.lm.is_gradient_checkpointing
     assert isinstance(cell.student.heads["projection"], Householder) and cell.aligner.projection.out_dim == 50
 
 
-@pytest.mark.parametrize("arm", ["armada", "shuffled"])
+@pytest.mark.parametrize("arm", ["armada", "shuffled", "noise"])
 def test_the_aligner_sees_the_vector_that_the_pairing_names(tmp_path, monkeypatch, arm):
-    """In the shuffled arm both roles learn from wrong pictures: else the control would control nothing."""
+    """In the controls both roles learn from wrong pictures: else the control would control nothing."""
     cell, seen = cell_of(tmp_path, arm, epochs=1), []
     cell.aligner.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     run(cell)
-    source = cell.data.pairing(cell.config, 0)
+    lookup = cell.data.lookup(cell.config, 0)
     for (_, _, _, rows), e in zip(cell.schedule(), seen):
-        assert torch.equal(e, cell.data.vectors["train"][source[rows]])
-        assert torch.equal(e, cell.data.vectors["train"][rows]) == (arm == "armada")
+        assert torch.equal(e, lookup(rows))
+        assert torch.equal(e, cell.vectors["train"][rows]) == (arm == "armada")
 
 
 def test_no_two_steps_of_a_run_draw_the_same_dropout_and_no_two_epochs_the_same_order(tmp_path, monkeypatch):
@@ -420,7 +479,7 @@ def test_help_and_errors_of_flags_come_before_torch_is_imported(tmp_path):
                               env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert call("--help").returncode == 0 and "--grad-checkpoint" in call("--help").stdout
     for args, says in ((["--bta", "1"], "did you mean --beta?"), (["--task", "rtee"], "did you mean rte?"),
-                       (["--micro-batch", "12", "--batch-size", "64"], "try 8 or 16")):
+                       (["--micro-batch", "12", "--batch-size", "64"], "try 8")):
         answer = call(*args)
         assert answer.returncode == 2 and says in answer.stderr and answer.stderr.count("\n") == 1
 
