@@ -15,14 +15,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 class Outputs(NamedTuple):
     """What the aligner and the student both return: logits (B, C), aux_logits (B, C), proj (B, d)."""
 
     logits: torch.Tensor
     aux_logits: torch.Tensor
     proj: torch.Tensor
-
 
 class Householder(nn.Module):
     """x -> x Q[:, :d], Q a product of k reflections  x <- x - 2 (x.v) v,  |v| = 1: (B, in) -> (B, d).
@@ -61,7 +59,6 @@ class Householder(nn.Module):
             p = x[:, :self.out_dim] - (x @ v.T) @ w                                          # (B, d)
         torch.set_float32_matmul_precision(precision)
         return p
-
 
 class TSAligner(nn.Module):
     """Teacher vectors (B, d_e) -> Outputs. It costs milliseconds, so it always runs in float32.

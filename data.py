@@ -24,10 +24,8 @@ from pathlib import Path
 
 CACHE = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "armada")
 
-
 class UserError(ValueError):
     """What the person at the keyboard can mend: one line saying what was found and what to type instead."""
-
 
 @dataclass(frozen=True)
 class Example:
@@ -37,7 +35,6 @@ class Example:
     label: int | float | None  # class id, score, or None (official test rows)
     idx: int                   # what a submission file calls it
     where: str                 # "file:line", for messages
-
 
 @dataclass(frozen=True)
 class Task:
@@ -74,7 +71,6 @@ class Task:
         """What this kind of student reads, in the form of pair()."""
         return (self.prompt(example), None) if decoder else self.pair(example)
 
-
 # ---- the registry ------------------------------------------------------------------------------------------
 TWO, TRUTH, NLI = ("0", "1"), ("false", "true"), ("entailment", "not_entailment")
 NLI3 = ("entailment", "neutral", "contradiction")
@@ -110,12 +106,10 @@ KEEP = ("question", "word", "span1_text", "span2_text")  # never cut: the rest m
 
 # Official archives; MRPC has none. Each holds one folder, named as Task.folder.
 SITE = "https://dl.fbaipublicfiles.com/glue/"
-ARCHIVES = {name: SITE + "data/" + file for name, file in {
-    "cola": "CoLA.zip", "sst2": "SST-2.zip", "stsb": "STS-B.zip", "qqp": "QQP-clean.zip", "mnli": "MNLI.zip",
-    "qnli": "QNLIv2.zip", "wnli": "WNLI.zip"}.items()}
+ARCHIVES = {name: f"{SITE}data/{ {'qqp': 'QQP-clean', 'qnli': 'QNLIv2'}.get(name, TASKS[name].folder)}.zip"
+            for name in ("cola", "sst2", "stsb", "qqp", "mnli", "qnli", "wnli")}
 ARCHIVES |= {name: f"{SITE}superglue/data/v2/{TASKS[name].folder}.zip"
              for name in ("boolq", "cb", "copa", "rte", "wic", "wsc")}
-
 
 def known(name, names, what):
     """`name` itself when it is among `names`; else a UserError that suggests the nearest one."""
@@ -125,11 +119,9 @@ def known(name, names, what):
     raise UserError(f"unknown {what} {name!r}: " + (f"did you mean {near[0]}? " if near else "")
                     + f"known: {', '.join(names)}")
 
-
 def find_task(name):
     """The registry entry of a case-insensitive name."""
     return TASKS[known(name.lower(), TASKS, "task")]
-
 
 # ---- the embedded task: everyday objects, their size in centimetres, colour and shape ----------------------
 # A student trained from scratch has never seen a piano; a picture knows how big one is.
@@ -152,7 +144,6 @@ OBJECTS = {name: (float(size), colour, shape)
 _QUESTIONS = ("is {a} bigger than {b}?", "would {a} be larger than {b}?",
               "does {a} take up more room than {b}?", "{a} or {b}: is the first one bigger?")
 
-
 def _objects():
     """120 training pairs, two held-out sets; none shared in either order, sizes at least 1 to 1.25 apart."""
     rng = random.Random(4)  # first seed whose training pairs show all objects: a word never read says nothing
@@ -167,13 +158,11 @@ def _objects():
         rows.append(Example({"text": text}, int(size[a] > size[b]), i, f"objects:{i}"))
     return {"train": rows[:120], "dev": rows[120:620], "test": rows[620:]}
 
-
 # ---- reading the official files ----------------------------------------------------------------------------
 FILES = {"jsonl": {"train": "train.jsonl", "dev": "val.jsonl", "test": "test.jsonl"},
          "tsv": {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"},
          "mnli": {"train": "train.tsv", "dev": "dev_matched.tsv", "dev_mismatched": "dev_mismatched.tsv",
                   "test": "test_matched.tsv", "test_mismatched": "test_mismatched.tsv"}}
-
 
 def load_task(name, data_dir=None, cache_dir=CACHE):
     """{"train": [Example], "dev": [...], "test": [...]} of a task from its official files in data_dir/FOLDER.
@@ -197,10 +186,8 @@ def load_task(name, data_dir=None, cache_dir=CACHE):
             raise UserError(f"{folder / file} is missing: give --data-dir the folder that holds "
                             f"{task.folder}/ with the official files, or leave it out to download them")
     if not data_dir and (found := (len(splits["train"]), len(splits["dev"]))) != task.rows:
-        raise UserError(f"{folder} has {found} rows in train and dev, not {task.rows}: "
-                        "delete it to fetch it again")
+        raise UserError(f"{folder} has {found} rows in train and dev, not {task.rows}: delete it to refetch")
     return splits
-
 
 def _rows(task, path, split):
     """("file:line", {column: value}) for each row of an official jsonl or tsv file."""
@@ -224,11 +211,9 @@ def _rows(task, path, split):
                                         f"{', '.join(columns)}")
                     yield where, dict(zip(columns, values))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}): "
-                        "save it as UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON ({error.msg}): the file may be cut; fetch it again") from None
-
 
 def _example(task, row, split, number, where):
     """A file's row -> Example: texts word for word, the label checked against the registry."""
@@ -252,7 +237,6 @@ def _example(task, row, split, number, where):
             raise UserError(f"{where} has the label {raw!r} in column {task.label_column}: expected {wanted}")
     return Example(fields, label, row["idx"] if isinstance(row.get("idx"), int) else number, where)
 
-
 def _mark_spans(row, where):
     """WSC: [ ] around the noun, * * around the pronoun, in place. Indices count words between white space."""
     try:
@@ -262,12 +246,10 @@ def _mark_spans(row, where):
             first, count = target[span + "_index"], len(target[span + "_text"].split())
             marks += [(words[first].start(), left), (words[first + count - 1].end(), right)]
     except (KeyError, TypeError, IndexError, AttributeError):
-        raise UserError(f"{where} has no text with two spans: "
-                        "expected text, target.span1_index ...") from None
+        raise UserError(f"{where} has no text with two spans (text, target.span1_index ...)") from None
     for position, mark in sorted(marks, reverse=True):  # from the end, so that earlier positions stay true
         text = text[:position] + mark + text[position:]
     return {"text": text, "span1_text": target["span1_text"], "span2_text": target["span2_text"]}
-
 
 def download(task, cache_dir):
     """Fetch and unpack the official archive, once; returns the folder that holds task.folder."""
@@ -289,7 +271,6 @@ def download(task, cache_dir):
         raise UserError(f"could not fetch {url} ({getattr(error, 'reason', error)}): unpack it into "
                         "FOLDER where there is a network and give --data-dir FOLDER") from None
     return data_dir
-
 
 # ---- from examples to batches ------------------------------------------------------------------------------
 def encode(task, examples, tokenizer, max_length, decoder):
@@ -314,7 +295,6 @@ def encode(task, examples, tokenizer, max_length, decoder):
             rows.append(row)
     return rows, shortened
 
-
 def _shorten(task, example, tokenizer, max_length, decoder):
     """The example with its longest fields cut between two tokens, longest first, until it fits."""
     fields = dict(example.fields)
@@ -335,7 +315,6 @@ def _shorten(task, example, tokenizer, max_length, decoder):
         fields[name] = fields[name][:starts[name][keep]].rstrip()
     return short
 
-
 def length_grouped_batches(lengths, batch_size, seed):
     """[[row, ...], ...]: every row once, similar lengths together, a short last batch kept, in random order.
 
@@ -348,7 +327,6 @@ def length_grouped_batches(lengths, batch_size, seed):
         batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
     rng.shuffle(batches)
     return batches
-
 
 def collate(rows, pad_id):
     """Rows -> {"input_ids", "attention_mask"[, "token_type_ids"]}, int64 (B, L), L the longest row HERE."""

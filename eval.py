@@ -18,13 +18,11 @@ import numpy as np
 
 from data import UserError, encode, find_task, load_task
 
-
 # ---- metrics -----------------------------------------------------------------------------------------------
 def _f1(predictions, labels, positive):
     """2 TP / (2 TP + FP + FN) of one class; 0 where it is neither predicted nor there."""
     guessed, true = predictions == positive, labels == positive
     return 2 * (guessed & true).sum() / max(1, guessed.sum() + true.sum())
-
 
 def _correlation(a, b):
     """Pearson's r; 0 where a column is constant. Of two 0/1 columns it is Matthews' coefficient."""
@@ -33,12 +31,10 @@ def _correlation(a, b):
     a, b = a - a.mean(), b - b.mean()
     return a @ b / np.sqrt((a @ a) * (b @ b))
 
-
 def _ranks(values):
     """Ranks from 1; equal values share the mean of theirs."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
 
 def compute_metrics(task_name, predictions, labels):
     """{metric: float} of a registered task, from N class ids (or scores) each.
@@ -55,13 +51,11 @@ def compute_metrics(task_name, predictions, labels):
                 "spearman": lambda: _correlation(_ranks(p), _ranks(y))}
     return {name: float(formulas[name]()) for name in task.metrics}
 
-
 # ---- a split, and what was answered ------------------------------------------------------------------------
 def score(task, examples, answers):
     """Metrics of a split; None where its labels are unknown (the official test sets)."""
     known = examples[0].label is not None
     return compute_metrics(task.name, answers, [example.label for example in examples]) if known else None
-
 
 def write_predictions(folder, split, task, examples, answers):
     """predictions_SPLIT: index<TAB>prediction for GLUE's server or {"idx", "label"} lines for SuperGLUE's."""
@@ -76,7 +70,6 @@ def write_predictions(folder, split, task, examples, answers):
         lines = ["index\tprediction", *(f"{example.idx}\t{name}" for example, name in zip(examples, names))]
     (Path(folder) / f"predictions_{split}.{form}").write_text("\n".join(lines) + "\n")
 
-
 # ---- are the two spaces aligned? ---------------------------------------------------------------------------
 def retrieval_at_1(p_t, p_s):
     """How often a text's p_s is nearer (in cosine) to its own picture's p_t than to any other; chance 1 / N.
@@ -89,7 +82,6 @@ def retrieval_at_1(p_t, p_s):
     nearest = similar >= similar.max(axis=1, keepdims=True) - 1e-9
     return float((nearest.diagonal() / nearest.sum(axis=1)).mean())
 
-
 def linear_cka(p_t, p_s):
     """|X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms, X, Y the centred arrays (N, d): 0 to 1, constant: 0.
 
@@ -100,7 +92,6 @@ def linear_cka(p_t, p_s):
     k, m = x @ x.T, y @ y.T                                       # (N, N); <k, m> = |X^T Y|^2
     scale = np.linalg.norm(k) * np.linalg.norm(m)
     return float((k * m).sum() / scale) if scale else 0.0
-
 
 # ---- statistics of n paired differences, one a seed --------------------------------------------------------
 def sign_flip_p(differences, draws=100_000):
@@ -113,7 +104,6 @@ def sign_flip_p(differences, draws=100_000):
              else np.random.default_rng(0).choice([-1, 1], (draws, n)))
     extreme = abs(signs @ d) >= abs(d.sum()) - 1e-12  # or rounding loses ties, even the identity
     return float(extreme.mean() if n <= 16 else (1 + extreme.sum()) / (1 + draws))
-
 
 def bootstrap_interval(values, level=0.95, draws=10_000):
     """(low, high) around the mean by the studentised bootstrap; None for fewer than 5 values.
@@ -130,14 +120,12 @@ def bootstrap_interval(values, level=0.95, draws=10_000):
     high, low = x.mean() - x.std(ddof=1) * np.quantile(t, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-
 def holm(ps):
     """Holm's adjusted p, in the order given: the k-th smallest of m times m - k + 1, never falling."""
     order = np.argsort(ps, kind="stable")
     steps = np.maximum.accumulate(np.asarray(ps)[order] * np.arange(len(ps), 0, -1))
     adjusted = dict(zip(order.tolist(), np.minimum(steps, 1).tolist()))
     return [adjusted[i] for i in range(len(ps))]
-
 
 def mcnemar(right_a, right_b):
     """((both, only a, only b, neither) right, exact p) of two students on the same examples.
@@ -148,7 +136,6 @@ def mcnemar(right_a, right_b):
     both, only_a, only_b, neither = (int(x.sum()) for x in (a & b, a & ~b, b & ~a, ~a & ~b))
     n, less = only_a + only_b, min(only_a, only_b)
     return (both, only_a, only_b, neither), min(1.0, 2 * sum(math.comb(n, k) for k in range(less + 1)) / 2**n)
-
 
 def compare(scores, controls, level=0.05):
     """Each arm against each control: {arm: {verdict, note, best_control, comparisons {control: ...}}}.
@@ -180,39 +167,38 @@ def compare(scores, controls, level=0.05):
                 "best_control": best, "comparisons": rows}
     return found
 
-
 # ---- runs --------------------------------------------------------------------------------------------------
 def find_cells(runs):
     """The ARM/SEED folders, finished or with a saved student, at or below the given ones, each once."""
     cells = {}
     for run in map(Path, runs):
-        found = [*(path.parent for path in run.glob("**/metrics.json")),
-                 *(path.parent.parent for path in run.glob("**/last/student.json"))]
+        found = {path.parent for path in run.glob("**/metrics.json")}
+        found |= {path.parent.parent for path in run.glob("**/last/student.json")}
         if not found:
             raise UserError(f"{run} holds no saved run (ARM/SEED/): give a training's --out, or part of it")
         cells |= dict.fromkeys(sorted(found))
     return list(cells)
-
 
 def read_cells(folders):
     """{folder: its metrics.json}; an unfinished cell has none."""
     return {folder: json.loads((folder / "metrics.json").read_text()) for folder in folders
             if (folder / "metrics.json").exists()}
 
-
-def evaluate_cell(cell, data_dir, batch_size, device):
+def evaluate_cell(cell, data_dir):
     """Score a cell's saved students again, write predictions_*; its metrics anew, and who is right on dev."""
+    import torch
+
     from student import load_student
 
     config = json.loads((cell / "config.json").read_text())
     metrics = read_cells([cell]).get(cell) or {"task": config["task"], "arm": config["arms"][0]}
-    task = find_task(config["task"])
+    task, device = find_task(config["task"]), "cuda" if torch.cuda.is_available() else "cpu"
     splits = load_task(task.name, data_dir or config["data_dir"], config["cache_dir"])
 
     def answers(folder, split):
         student = load_student(cell / folder).to(device)
         rows, _ = encode(task, splits[split], student.tokenizer, config["max_length"], student.decoder)
-        return student.answers(rows, batch_size)
+        return student.answers(rows)
 
     for split in [split for split in splits if split != "train"]:
         found = answers("last", split)
@@ -225,18 +211,15 @@ def evaluate_cell(cell, data_dir, batch_size, device):
                            "dev": score(task, splits["dev"], answers("best", "dev"))}
     return metrics, right
 
-
 def by_run(cells):
     """Yields (run folder, task, {arm: {seed: (cell folder, metrics)}}), the arms in the training's order."""
     for run in dict.fromkeys(folder.parent.parent for folder in cells):
         mine = [(folder, metrics) for folder, metrics in cells.items() if folder.parent.parent == run]
-        path, arms = run / "config.json", {}
-        for arm in json.loads(path.read_text())["arms"] if path.exists() else ():
-            arms[arm] = {}
+        path = run / "config.json"
+        arms = {arm: {} for arm in json.loads(path.read_text())["arms"]} if path.exists() else {}
         for folder, metrics in sorted(mine, key=lambda item: int(item[0].name)):
             arms.setdefault(metrics["arm"], {})[int(folder.name)] = folder, metrics
         yield run, find_task(mine[0][1]["task"]), {arm: seeds for arm, seeds in arms.items() if seeds}
-
 
 # ---- what a person reads -----------------------------------------------------------------------------------
 def aligned(rows):
@@ -244,20 +227,18 @@ def aligned(rows):
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
 
-
 def spread(values):
     """Mean and standard deviation over seeds of fractions, as a text in %."""
     values = [100 * value for value in values if value is not None]
     deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{deviation}" if values else "-"
 
-
 def report(cells):
     """The text on {cell folder: metrics}, run by run; writes comparison.json into the folder of each run."""
     lines = []
     for run, task, arms in by_run(cells):
-        metric = task.metrics[0]
-        rows = [("arm", "seeds", "last epoch", "best epoch*", "aligner alone", "retrieval@1", "CKA", "grad")]
+        metric, scores, controls = task.metrics[0], {}, []
+        rows = ["arm,seeds,last epoch,best epoch*,aligner alone,retrieval@1,CKA,gradient".split(",")]
         for arm, seeds in arms.items():
             found = [metrics for _, metrics in seeds.values()]
             norms = [metrics["grad_norm"] for metrics in found if "grad_norm" in metrics]
@@ -266,38 +247,28 @@ def report(cells):
                          *(spread((metrics.get(part) or {}).get(name) for metrics in found) for part, name in
                            (("aligner", metric), ("spaces", "retrieval@1"), ("spaces", "cka"))),
                          f"{np.mean(norms):.2f}" if norms else "-"))
+            # Only finished cells are compared; one that was stopped on its way has no "control" to tell.
+            scores[arm] = {seed: metrics["dev"][metric] for seed, (_, metrics) in seeds.items()
+                           if "control" in metrics}
+            controls += [arm] if any(metrics.get("control") for metrics in found) else []
         lines += [f"{task.name}: dev {metric} in %, mean ± standard deviation over seeds", *aligned(rows),
                   "* chosen on dev, so too good: compare arms by the last epoch"]
-        # Only finished cells are compared: one that was stopped on its way has no "control" in its metrics.
-        scores = {arm: {seed: metrics["dev"][metric] for seed, (_, metrics) in seeds.items()
-                        if "control" in metrics} for arm, seeds in arms.items()}
-        found = compare(scores, [arm for arm, seeds in arms.items()
-                                 if any(metrics.get("control") for _, metrics in seeds.values())])
+        found, rows = compare(scores, controls), [("arm", "to undistilled", "to its best control", "verdict")]
+        for arm, answer in found.items():
+            each = {control: f"{100 * row['difference']:+.1f}" + (
+                " [{:+.1f}, {:+.1f}]".format(*100 * np.array(row["interval"])) if row["interval"] else "")
+                + f", p {row['p_holm']:.2g}" for control, row in answer["comparisons"].items()}
+            rows.append((arm, each.get("undistilled", "-"),
+                         f"{each[answer['best_control']]} ({answer['best_control']})", answer["verdict"]
+                         + (f" every control: {', '.join(each)}" if answer["verdict"] == "BEATS" else "")
+                         + (f" ({answer['note']})" if answer["note"] else "")))
         if found:
-            lines += ["paired differences in points [95 % interval, from 5 seeds on], p after Holm",
-                      *verdicts(found)]
+            lines += ["differences paired by seed, in points [95 % interval], p after Holm", *aligned(rows)]
         arms = {arm: {"scores": by_seed, "interval": bootstrap_interval([*by_seed.values()]),
                       **found.get(arm, {})} for arm, by_seed in scores.items() if by_seed}
         (run / "comparison.json").write_text(
             json.dumps({"task": task.name, "metric": metric, "arms": arms}, indent=1))
     return "\n".join(lines)
-
-
-def verdicts(found):
-    """The lines on compare()'s answer, an arm each."""
-    def words(row):
-        ends = row["interval"] and f" [{100 * row['interval'][0]:+.1f}, {100 * row['interval'][1]:+.1f}]"
-        return f"{100 * row['difference']:+.1f}{ends or ''}, p {row['p_holm']:.2g}"
-
-    rows = [("arm", "to undistilled", "to its best control", "verdict")]
-    for arm, answer in found.items():
-        best, each = answer["best_control"], answer["comparisons"]
-        every = f" every control: {', '.join(each)}" if answer["verdict"] == "BEATS" else ""
-        note = f" ({answer['note']})" if answer["note"] else ""
-        rows.append((arm, words(each["undistilled"]) if "undistilled" in each else "-",
-                     f"{words(each[best])} ({best})", answer["verdict"] + every + note))
-    return aligned(rows)
-
 
 def agreement(a, b, results):
     """The text on two cells, from evaluate_cell's results: on how many dev examples which one is right."""
@@ -308,86 +279,69 @@ def agreement(a, b, results):
     return (f"{first['task']}, {len(right_a)} dev examples: both right {both}, only {a} {only_a}, "
             f"only {b} {only_b}, both wrong {neither}; McNemar's exact p {p:.2g}")
 
-
 def plot(cells):
     """Writes learning_curves.png, arms.png and, given two doses, dose_response.png into each run's folder."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")  # to files: no window, no screen
-    from matplotlib import pyplot
 
-    def mark(ax, x, values, full):
-        """The seeds as faint dots, beside them their mean (hollow for a control) with its interval."""
+    def mark(ax, x, values, colour):
+        """The seeds as faint dots, their mean with its interval."""
         mean, ends = np.mean(values), bootstrap_interval(values)
         ax.plot([x] * len(values), values, ".", color="0.65", zorder=1)
         ax.errorbar(x, mean, ends and [[mean - ends[0]], [ends[1] - mean]], fmt="o", color="black", capsize=5,
-                    markerfacecolor="black" if full else "white")
+                    markerfacecolor=colour)
 
     for run, task, arms in by_run(cells):
-        metric = task.metrics[0]
-        (figure1, curves), (figure2, dots), (figure3, doses) = (
-            pyplot.subplots(figsize=(7, 4.5), layout="constrained") for _ in range(3))
-        scores = {arm: [100 * metrics["dev"][metric] for _, metrics in seeds.values()]
-                  for arm, seeds in arms.items()}
-        rhos = {}
+        figures = {name: Figure(figsize=(7, 4.5), layout="constrained")
+                   for name in ("learning_curves", "arms", "dose_response")}
+        (curves, dots, doses), rhos = (figure.subplots() for figure in figures.values()), {}
         for i, (arm, seeds) in enumerate(arms.items()):
             by_epoch, (_, first) = {}, next(iter(seeds.values()))
+            values = [100 * metrics["dev"][task.metrics[0]] for _, metrics in seeds.values()]
             for folder, _ in seeds.values():
                 for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
                     if "dev" in line:
-                        by_epoch.setdefault(line["epoch"], []).append(100 * line["dev"][metric])
-            curves.plot(by_epoch.keys(), [np.mean(values) for values in by_epoch.values()], label=arm,
+                        by_epoch.setdefault(line["epoch"], []).append(100 * line["dev"][task.metrics[0]])
+            curves.plot(by_epoch.keys(), [np.mean(seen) for seen in by_epoch.values()], label=arm,
                         marker="osD^v<>PX*"[i % 10], linestyle=("-", "--", ":", "-.")[i % 4],
                         color=str(0.7 * i / len(arms)))  # told apart in grey print too
-            mark(dots, i, scores[arm], not first.get("control"))
+            mark(dots, i, values, "white" if first.get("control") else "black")
             if arm == "armada" or arm.startswith("dose-"):
-                rhos[float(first["teacher"].partition(":")[2] or 1)] = scores[arm]
+                rhos[float(first["teacher"].partition(":")[2] or 1)] = values
+            elif arm == "undistilled":
+                doses.axhline(np.mean(values), color="0.4", linestyle="--", label=arm)
+                doses.legend()
+        for rho in rhos:
+            mark(doses, rho, rhos[rho], "black")
+        doses.plot(sorted(rhos), [np.mean(rhos[rho]) for rho in sorted(rhos)], color="black")
+        doses.set(xlabel="dose of the picture, RHO in painter:RHO", title=f"{task.name}: dots are seeds")
+        dots.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
+        dots.set(title=f"{task.name}: dots are seeds, hollow circles controls, bars 95 % intervals")
         curves.set(xlabel="epoch", title=f"{task.name}: mean over seeds")
         curves.legend(fontsize="small")
-        dots.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
-        dots.set(title=f"{task.name}: hollow controls, dots for seeds, 95 % intervals")
-        for rho, values in rhos.items():
-            mark(doses, rho, values, True)
-        doses.plot(sorted(rhos), [np.mean(rhos[rho]) for rho in sorted(rhos)], color="black")
-        if "undistilled" in scores:
-            doses.axhline(np.mean(scores["undistilled"]), color="0.4", linestyle="--", label="undistilled")
-            doses.legend()
-        doses.set(xlabel="dose of the picture, RHO", title=f"{task.name}: painter:RHO, 95 % intervals")
-        for figure, ax, name in ((figure1, curves, "learning_curves"), (figure2, dots, "arms"),
-                                 (figure3, doses, "dose_response"))[:3 if len(rhos) > 1 else 2]:
-            ax.set_ylabel(f"dev {metric} (%)")
-            figure.savefig(run / f"{name}.png", dpi=150)
+        for name in [*figures][:3 if len(rhos) > 1 else 2]:
+            figures[name].axes[0].set_ylabel(f"dev {task.metrics[0]} (%)")
+            figures[name].savefig(run / f"{name}.png", dpi=150)
             print(f"wrote {run / name}.png")
-        pyplot.close("all")
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="eval.py", allow_abbrev=False,
-        description="Compare the arms of saved runs, or two saved students example by example.")
-    flag = parser.add_argument
-    flag("runs", nargs="+", metavar="RUN", help="Folder that a training wrote, or a folder inside it; two "
-                                                "ARM/SEED folders are compared example by example.")
-    flag("--plot", action="store_true", help="Draw learning curves, arms and doses into the run's folder.")
-    flag("--rescore", action="store_true", help="Score the saved students anew and write predictions_*.")
-    flag("--data-dir", help="Folder of the task files, where they have moved since the training.")
-    flag("--batch-size", type=int, default=64, help="Texts evaluated at once (64 by default).")
-    flag("--device", default="cpu", choices=("cpu", "cuda"), help="Device to evaluate on (cpu by default).")
+        prog="eval.py", allow_abbrev=False, description="Compare arms, or two students example by example.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder that a training wrote, or part of it; "
+                        "two ARM/SEED folders are compared example by example.")
+    parser.add_argument("--plot", action="store_true", help="Draw curves, arms and doses into RUN.")
+    parser.add_argument("--rescore", action="store_true", help="Score finished cells again too.")
+    parser.add_argument("--data-dir", help="Folder of the task files, where they have moved since.")
     args = parser.parse_args(argv)
     try:
         folders, results = find_cells(args.runs), {}
         pair = len(args.runs) == 2 and folders == [Path(run) for run in args.runs]
         cells = {} if pair or args.rescore else read_cells(folders)
         for folder in [folder for folder in folders if folder not in cells]:
-            import torch
-
-            if args.batch_size < 1 or (args.device == "cuda" and not torch.cuda.is_available()):
-                raise UserError(f"--batch-size {args.batch_size} --device {args.device}: "
-                                "a batch of 1 or more, a device that is here")
             print(f"scoring {folder}", file=sys.stderr)
-            results[folder] = evaluate_cell(folder, args.data_dir, args.batch_size, args.device)
+            results[folder] = evaluate_cell(folder, args.data_dir)
         if pair:
             print(agreement(*folders, results.values()))
         else:
@@ -395,10 +349,8 @@ def main(argv=None):
             print(report(cells))
             if args.plot:
                 plot(cells)
-    except UserError as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
+    except (UserError, OSError) as error:  # OSError: a folder that cannot be written
+        parser.exit(2, f"eval.py: error: {error}\n")
 
 if __name__ == "__main__":
     main()

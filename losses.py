@@ -17,18 +17,15 @@ import torch.nn.functional as F
 
 KINDS = ("euclidean", "cosine", "manifold")
 
-
 def _full(x):
     """Half precision -> float32; wider types unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
 
 def _mse(a, b):
     """MSE(a, b) = mean (a - b)^2 over ALL elements: a sum over d would tie beta to the projection's width."""
     if a.shape != b.shape:  # (B, 1) against (B, C) would broadcast without a word
         raise ValueError(f"the teacher's {tuple(a.shape)} and the student's {tuple(b.shape)} differ")
     return (a - b).square().mean()
-
 
 def task_loss(logits, labels):
     """task(o, y) = CE(softmax(o), y) for classes and distributions; MSE(relu(o), y) for a regression.
@@ -48,7 +45,6 @@ def task_loss(logits, labels):
                      "fit: want integers (B,) for C > 1 classes, floats (B,) for logits (B, 1) "
                      "or floats (B, C), a distribution")
 
-
 def output_loss(teacher_logits, student_logits, temperature):
     """L_output of two heads = T^2 MSE(softmax(o_t/T), softmax(o_s/T)); MSE(relu o_t, relu o_s) for C = 1.
 
@@ -60,7 +56,6 @@ def output_loss(teacher_logits, student_logits, temperature):
     if o_s.size(-1) == 1:
         return _mse(F.relu(o_t), F.relu(o_s))  # no T: a softmax over one logit is constant
     return temperature**2 * _mse(F.softmax(o_t / temperature, -1), F.softmax(o_s / temperature, -1))
-
 
 def manifold_loss(teacher_proj, student_proj, kind):
     """L_manifold = MSE(mean_b p_t, mean_b p_s) | 1 - cos(mean_b p_t, mean_b p_s) | MSE(p_t, p_s).
@@ -85,11 +80,9 @@ def manifold_loss(teacher_proj, student_proj, kind):
     norms = m_t.norm() * m_s.norm()
     return 1 - torch.where(norms > 0, (m_t * m_s).sum() / torch.where(norms > 0, norms, 1), 0)
 
-
 def aligner_loss(aligner_out, labels, gamma):
     """L_A = task(o_t, y) + gamma task(a_t, y): the TS Aligner learns from the teacher's vector alone."""
     return task_loss(aligner_out.logits, labels) + gamma * task_loss(aligner_out.aux_logits, labels)
-
 
 def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind,
                  output_weight=None):
@@ -110,7 +103,6 @@ def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temper
     weight = alpha if output_weight is None else output_weight
     total = (1 - alpha) * task + weight * output + beta * manifold
     return total, {"task": task, "output": output, "manifold": manifold}
-
 
 def predictions(logits):
     """What a head answers (B,): the class with the largest logit; of width 1 the score, clipped to [0, 5]."""

@@ -42,7 +42,6 @@ SHORT_NAMES = {
     "llama-8b": "meta-llama/Llama-3.1-8B"}
 POOLERS = ("bert", "roberta", "xlm-roberta")  # families whose own pooler, tanh on the first token, is used
 
-
 class Student(nn.Module):
     """A language model with heads: student(input_ids, attention_mask, token_type_ids=None) -> Outputs."""
 
@@ -128,10 +127,9 @@ class Student(nn.Module):
         """
         if isinstance(texts, str):
             raise UserError("predict wants a list of texts: predict([text])")
-        pairs, labels = ([(text,) if isinstance(text, str) else text for text in texts],
-                         self.settings["labels"])
-        cut = dict(truncation=True, max_length=self.settings["max_length"],
-                   return_token_type_ids=not self.decoder)
+        pairs = [(text,) if isinstance(text, str) else text for text in texts]
+        labels, longest = self.settings["labels"], self.settings["max_length"]
+        cut = dict(truncation=True, max_length=longest, return_token_type_ids=not self.decoder)
         answers = self.answers([dict(self.tokenizer(*pair, **cut)) for pair in pairs])
         return [labels[answer] for answer in answers] if labels else answers
 
@@ -143,7 +141,6 @@ class Student(nn.Module):
         save_file(self.heads.state_dict(), folder / "heads.safetensors")
         (folder / "student.json").write_text(json.dumps(self.settings, indent=1))
 
-
 def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
     """A Student from a short name (SHORT_NAMES), hub id or folder; "tiny" makes its vocabulary from `texts`.
 
@@ -152,13 +149,11 @@ def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
     lm, tokenizer = _tiny(texts) if name_or_path == "tiny" else load_pretrained(name_or_path)
     return Student(lm, tokenizer, num_labels, proj_dim, **settings)
 
-
 def load_student(folder):
     """The Student that save() wrote, on the CPU in eval mode. Neither teacher nor aligner is needed."""
     folder = Path(folder)
     if not (folder / "student.json").is_file():
-        raise UserError(f"{folder} holds no saved student (no student.json): "
-                        "give a run's last/ or best/ folder")
+        raise UserError(f"{folder} holds no student.json: give a run's last/ or best/ folder")
     try:
         student = Student(*load_pretrained(str(folder)), **json.loads((folder / "student.json").read_text()))
         student.heads.load_state_dict(load_file(folder / "heads.safetensors"))
@@ -166,12 +161,10 @@ def load_student(folder):
         raise UserError(f"{folder} is damaged: {' '.join(str(error).split())[:200]}") from None
     return student.eval()
 
-
 def _tiny(texts):
     """A two-layer BERT with random weights and a word-level tokenizer over the words of `texts`: no files."""
     if not texts:
-        raise UserError("student tiny makes its vocabulary from texts: "
-                        "build_student('tiny', ..., texts=[...])")
+        raise UserError("student tiny makes its vocabulary from texts: build_student(..., texts=[...])")
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower())})
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -188,7 +181,6 @@ def _tiny(texts):
     config = transformers.BertConfig(vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2,
                                      num_attention_heads=4, intermediate_size=128, initializer_range=0.05)
     return transformers.BertModel(config), tokenizer
-
 
 @functools.cache
 def check_available(name):
@@ -219,7 +211,6 @@ def check_available(name):
                         f"connect, or run `hf download {repo}` elsewhere and give the folder "
                         "instead of the name") from None
 
-
 def load_pretrained(name, model_class=transformers.AutoModel):
     """(model, tokenizer) from a short name, hub id or folder; float32 whatever the checkpoint's dtype.
 
@@ -236,14 +227,12 @@ def load_pretrained(name, model_class=transformers.AutoModel):
         raise UserError(f"could not load {name}: {why}"
                         + ("; pip install sentencepiece protobuf" if spm else "")) from None
     if model.config.is_encoder_decoder or not hasattr(model.config, "hidden_size"):
-        raise UserError(f"{name} is a {model.config.model_type} model: "
-                        "give an encoder (BERT, DeBERTa) or a decoder (OPT, LLaMA)")
+        raise UserError(f"{name} is a {model.config.model_type} model: give one like BERT or OPT")
     # Without its files transformers invents an empty tokenizer, to which every text is the same.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(f"{name} has no tokenizer files: copy tokenizer.json (or the vocabulary) into it")
     if info["missing_keys"]:
-        print(f"note: {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}, which start at random",
-              flush=True)
+        print(f"note: {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}, which start at random")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token  # LLaMA has none
     tokenizer.padding_side = "right"
     return model, tokenizer

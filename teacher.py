@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from data import OBJECTS, UserError, known
 
-
 class Teacher:
     """The interface: name (with all that changes a vector: it is the cache's key), dim, encode(texts)."""
 
@@ -37,7 +36,6 @@ class Teacher:
     def picture(self, text):
         """The picture of a text to look at, uint8 (H, W, 3), where there is one."""
         raise UserError(f"{self.name} has no picture to show: try --teacher painter")
-
 
 class Painter(Teacher):
     """A procedural text-to-picture function: a text's objects, side by side, 4 x 16 x 16 = 1024 numbers.
@@ -58,8 +56,7 @@ class Painter(Teacher):
         except ValueError:
             self.rho = -1
         if not 0 <= self.rho <= 1:
-            raise UserError(f"painter:{rho}: write painter:RHO with a dose RHO from 0 (noise) "
-                            "to 1 (the picture)")
+            raise UserError(f"painter:{rho}: write painter:RHO with a dose RHO from 0 (noise) to 1 (picture)")
         self.name = f"painter:{self.rho:g}"
 
     def encode(self, texts):
@@ -92,12 +89,10 @@ class Painter(Teacher):
         noise = _generator("noise", text).standard_normal(picture.shape) * np.sqrt((picture**2).mean())
         return self.rho * picture + np.sqrt(1 - self.rho**2) * noise
 
-
 def _generator(*parts):
     """A random generator that depends on the parts alone; Python's own hash() changes from run to run."""
     return np.random.default_rng(
         int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "little"))
-
 
 class Clip(Teacher):
     """The text side of CLIP's image-text space: where a picture of the text would lie, without drawing it."""
@@ -128,7 +123,6 @@ class Clip(Teacher):
                 out[i:i + 64] = self.model(**batch).text_embeds.cpu().numpy()
         return out
 
-
 class VectorFolder(Teacher):
     """Ready-made vectors: FOLDER/train.npy, dev.npy, row i for example i of the official file."""
 
@@ -137,8 +131,7 @@ class VectorFolder(Teacher):
     def __init__(self, folder):
         self.folder, self.name = Path(folder), "vectors:" + folder
         if not folder or not (self.folder / "train.npy").is_file():
-            raise UserError(f"{self.name} has no train.npy: FOLDER holds train.npy and dev.npy, "
-                            "one row an example")
+            raise UserError(f"{self.name} has no train.npy: it holds train.npy, dev.npy, one row an example")
         self.dim = self.open("train").shape[1]
 
     def encode(self, texts):
@@ -151,33 +144,27 @@ class VectorFolder(Teacher):
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is not a readable array ({error}): write it with numpy.save") from None
         if rows.ndim != 2 or rows.dtype.kind != "f":
-            raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: "
-                            "expected floats, (examples, dim)")
+            raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: expected floats")
         return rows
 
     def vectors(self, split, texts, limit):
         rows = self.open(split)
         if rows.shape != (len(texts), self.dim):
-            raise UserError(f"{self.folder / split}.npy has shape {rows.shape}, "
-                            f"expected {(len(texts), self.dim)}: one row for each example, "
-                            "in the official file's order, as wide as train.npy")
+            raise UserError(f"{self.folder / split}.npy has shape {rows.shape}, expected "
+                            f"{(len(texts), self.dim)}: a row for each example in the file")
         return np.asarray(rows[:limit], np.float32)
 
-
 TEACHERS = {"painter": Painter, "clip": Clip, "vectors": VectorFolder}
-
 
 def check_spec(spec):
     """"NAME[:ARGUMENT]" -> (class, argument). Builds nothing, so that a typo costs nothing."""
     name, _, argument = spec.partition(":")
     return TEACHERS[known(name, TEACHERS, "teacher")], argument
 
-
 def build_teacher(spec):
     """A teacher from "painter[:RHO]", "clip[:MODEL]" or "vectors:FOLDER"; UserError says what is wrong."""
     teacher, argument = check_spec(spec)
     return teacher(argument)
-
 
 class Cache:
     """Vectors on disk by (teacher name, text): sqlite in WAL mode survives a kill and takes two writers."""
@@ -206,7 +193,6 @@ class Cache:
             (self.key(teacher, text), blob, zlib.crc32(blob)) for text, blob in zip(texts, blobs)])
         self.db.execute("COMMIT")
 
-
 def teacher_vectors(teacher, split, texts, cache_dir, limit=None):
     """float32 (N, dim), row i for texts[i], the first `limit` of them; a costly teacher makes each once."""
     if not teacher.costly:
@@ -223,7 +209,6 @@ def teacher_vectors(teacher, split, texts, cache_dir, limit=None):
         vectors = np.array([cache.get(teacher, text) for text in texts])
     return vectors
 
-
 def _finite(teacher, vectors, split, texts):
     """The vectors, when all of them are finite; else a UserError that shows the text."""
     # DEVIATION: in the authors' code a missing vector becomes zeros, a picture that nobody made.
@@ -232,7 +217,6 @@ def _finite(teacher, vectors, split, texts):
         raise UserError(f"{teacher.name} gave no finite vector for a text of {split}: "
                         f"{texts[int(bad.argmax())][:80]!r}")
     return vectors
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="teacher.py", allow_abbrev=False,
@@ -252,7 +236,6 @@ def main(argv=None):
         parser.exit(2, "teacher.py: error: --show needs pillow: pip install pillow\n")
     except (UserError, OSError, ValueError) as error:  # no such teacher, folder, file type
         parser.exit(2, f"teacher.py: error: {error}\n")
-
 
 if __name__ == "__main__":
     main()

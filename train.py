@@ -27,12 +27,10 @@ from pathlib import Path
 
 from data import CACHE, UserError, collate, encode, find_task, known, length_grouped_batches, load_task
 
-
 # ---- configuration: every field is a flag ------------------------------------------------------------------
 def option(default, help, **limits):
     """A Config field: default, --help sentence, limits low, high (inclusive), above (exclusive), choices."""
     return dataclasses.field(default=default, metadata={"help": help, **limits})
-
 
 # An arm is one line of overrides. A claim is "armada beats its best control".
 # DEVIATION: the authors compare with one baseline, without the auxiliary head; here are four controls.
@@ -55,15 +53,13 @@ ARMS = {
     **{f"dose-{rho}": {"teacher": f"painter:{rho}"} for rho in ("0", "0.25", "0.5", "0.75")},
 }
 
-
 @dataclasses.dataclass
 class Config:
     """One run; argparse is built from these fields. None means "it depends" and is filled in by resolve()."""
 
     task: str = option(None, "Task to learn: objects (built in) or an understanding task such as rte.")
     student: str = option(None, "Short name, hub id, folder or tiny; bert-base by default (objects: tiny).")
-    teacher: str = option(None, "One of painter[:RHO], clip[:MODEL], vectors:FOLDER; clip by default "
-                                "(objects: painter).")
+    teacher: str = option(None, "Teacher painter[:RHO], clip[:MODEL] (default) or vectors:FOLDER.")
     arms: tuple = option(None, f"Arms, with commas ({', '.join(ARMS)}); armada by default, but undistilled, "
                                "armada and shuffled when no task is named.")
     seeds: tuple = option(None, "Seeds, with commas; 0 by default, but 0 to 6 when no task is named.")
@@ -108,9 +104,7 @@ class Config:
                 raise UserError(f"--{name} {','.join(map(str, value))}: "
                                 "give whole numbers, as in 0,1,2") from None
 
-
 FALLBACK = {"student": "bert-base", "teacher": "clip", "beta": 1.0, "epochs": 10, "lr": 2e-5, "eval_every": 1}
-
 
 def resolve(config):
     """A copy with every default filled in and every value checked; UserError before any load or fetch."""
@@ -149,7 +143,6 @@ def resolve(config):
     check_spec(config.teacher)
     return config
 
-
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and name the nearest flag."""
 
@@ -158,20 +151,18 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
         fail(message + (f": did you mean {near[0]}?" if near else f" (see python {self.prog} --help)"))
 
-
 def parse(argv=None):
     """The flags that were typed, and only those, as a dict: a resumed run is compared with nothing else."""
     parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                     description="ARMADA: distil a picture-making teacher into a text-only language model.")
     for field in dataclasses.fields(Config):
-        help = (field.metadata["help"]
-                + (f" Default {field.default}." if field.default not in (None, False) else ""))
-        help += f" One of {', '.join(field.metadata['choices'])}." if "choices" in field.metadata else ""
+        help, choices = field.metadata["help"].replace("%", "%%"), field.metadata.get("choices")
+        help += f" Default {field.default}." if field.default not in (None, False) else ""
+        help += f" One of {', '.join(choices)}." if choices else ""
         kind = {"action": "store_true"} if field.type is bool else {
             "type": str if field.type is tuple else field.type, "metavar": field.name.upper()}
-        parser.add_argument("--" + field.name.replace("_", "-"), help=help.replace("%", "%%"), **kind)
+        parser.add_argument("--" + field.name.replace("_", "-"), help=help, **kind)
     return vars(parser.parse_args(argv))
-
 
 def resume_config(folder, typed):
     """The Config that a run (a grid or one cell) was started with; UserError where a typed flag differs."""
@@ -181,18 +172,13 @@ def resume_config(folder, typed):
     try:
         saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
     except (TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"--resume {folder}: its config.json is not one of this version ({error}); "
-                        "start anew") from None
-    differ = [f"--{name.replace('_', '-')} is {getattr(saved, name)}, not {getattr(wanted, name)}"
-              for name in typed
-              if name not in ("resume", "out") and getattr(saved, name) != getattr(wanted, name)]
+        raise UserError(f"--resume {folder}: config.json is not one of this version ({error})") from None
+    differ = [f"--{name.replace('_', '-')} is {getattr(saved, name)}, not {getattr(wanted, name)}" for name in
+              typed if name not in ("resume", "out") and getattr(saved, name) != getattr(wanted, name)]
     if differ:
-        raise UserError(f"--resume {folder}: this run's {'; '.join(differ)}: "
-                        "leave it out, or start anew with --out")
+        raise UserError(f"--resume {folder}: this run's {'; '.join(differ)}: leave it out, or start another")
     is_cell = folder.resolve().parts[-2:] == (saved.arms[0], str(saved.seeds[0]))
-    return replace(saved, resume=str(folder),
-                               out=str(folder.parent.parent if is_cell else folder))
-
+    return replace(saved, resume=str(folder), out=str(folder.parent.parent if is_cell else folder))
 
 def configure(argv=None):
     """Command line -> a resolved Config, or one line on stderr and exit status 2."""
@@ -202,11 +188,9 @@ def configure(argv=None):
     except UserError as error:
         fail(error)
 
-
 def fail(message):
     print(f"train.py: error: {message}", file=sys.stderr)
     raise SystemExit(2) from None
-
 
 if __name__ == "__main__":
     configure()  # --help and bad flags are answered here: importing torch takes seconds
@@ -223,13 +207,11 @@ from losses import aligner_loss, predictions, student_loss
 from student import build_student, check_available, load_student
 from teacher import build_teacher, teacher_vectors
 
-
 # ---- small pieces of the loop ------------------------------------------------------------------------------
 def seed_of(*parts):
     """A 64-bit seed from (seed, role, epoch, step, ...). Every step starts from its own: no generator state
     has to be saved, a resumed run repeats the draws exactly, and the arms share them."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
-
 
 def lr_factor(step, steps):
     """Linear warm-up over min(100, 10 %) of the steps, then linear decay to 0; step counts from 0."""
@@ -238,13 +220,12 @@ def lr_factor(step, steps):
     warm = min(100, steps // 10)
     return (step + 1) / warm if step < warm else (steps - step) / (steps - warm)
 
-
 def precision(config):
     """(device, autocast context, GradScaler, the reason in words), so the loop has no precision branch."""
     found, amp, why = "cuda" if torch.cuda.is_available() else "cpu", config.amp, "as asked"
     device = torch.device(found if config.device == "auto" else config.device)
-    if (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-            or device.type == "mps" and not torch.backends.mps.is_available()):
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= here[device.type]:
         raise UserError(f"--device {config.device}: torch sees no such device here; try --device {found}")
     if amp == "fp16" and device.type != "cuda":
         raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
@@ -261,11 +242,9 @@ def precision(config):
     return (device, autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16"),
             f"{device}, amp {amp} ({why})")
 
-
 def to_device(tensor, device):
     """On CUDA from pinned memory and without waiting, so that the copy overlaps the step before."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
 
 def replace_folder(folder, write):
     """write(new) beside, then rename. A kill at any instant leaves one whole folder, FOLDER or FOLDER.old."""
@@ -278,7 +257,6 @@ def replace_folder(folder, write):
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
-
 def recover_folder(folder):
     """Undo what a kill between replace_folder's two renames leaves; True if there is a whole folder."""
     old = Path(f"{folder}.old")
@@ -287,13 +265,11 @@ def recover_folder(folder):
     shutil.rmtree(old, ignore_errors=True)
     return folder.exists()
 
-
 def write_json(path, content):
     """Beside, then renamed: nobody ever reads half a file."""
     beside = Path(f"{path}.new")
     beside.write_text(json.dumps(content, indent=1))
     beside.replace(path)
-
 
 @contextmanager
 def interruptible():
@@ -304,7 +280,6 @@ def interruptible():
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
 
 def read_log(waiting, seconds, scaler):
     """One line for log.jsonl: the means of waiting = [(values on the device, facts)] since the last one.
@@ -317,8 +292,7 @@ def read_log(waiting, seconds, scaler):
     rows = torch.stack([torch.stack([values[name].float() for name in names])
                         for values, _ in waiting]).tolist()
     if scaler.is_enabled() and scaler.get_scale() < 1:
-        raise UserError("fp16 gradients overflow at every loss scale; nothing was saved since. "
-                        "Try --amp bf16 or off")
+        raise UserError("fp16 gradients overflow at every loss scale: try --amp bf16 or off")
     line = {**steps[-1], "steps": len(steps), "tokens": sum(facts["tokens"] for facts in steps)}
     for name, column in zip(names, zip(*rows)):
         finite = [value for value in column if math.isfinite(value)]
@@ -328,7 +302,6 @@ def read_log(waiting, seconds, scaler):
                             f"{bad['epoch']}); nothing was saved since. Lower --lr, --beta, or try --amp off")
         line[name] = sum(finite) / max(1, len(finite))
     return {**line, "tokens_per_second": round(line["tokens"] / seconds)}
-
 
 # ---- the data of a run -------------------------------------------------------------------------------------
 class Data:
@@ -362,22 +335,20 @@ class Data:
         """Token ids of every split, by the first cell's tokenizer (all cells have the same)."""
         if self.rows:
             return
-        if config.max_length > student.max_tokens:
-            raise UserError(f"--max-length {config.max_length}: {config.student} reads at most "
-                            f"{student.max_tokens} tokens")
+        longest, most = config.max_length, student.max_tokens
+        if longest > most:
+            raise UserError(f"--max-length {longest}: {config.student} reads at most {most} tokens")
         for split, examples in self.splits.items():
-            self.rows[split], short = encode(self.task, examples, student.tokenizer, config.max_length,
-                                             student.decoder)
+            self.rows[split], short = encode(self.task, examples, student.tokenizer, longest, student.decoder)
             if short:
-                print(f"{split}: {short} of {len(examples)} texts were over {config.max_length} tokens: "
+                print(f"{split}: {short} of {len(examples)} texts were over {longest} tokens: "
                       "their longest field was shortened", flush=True)
 
     def lookup(self, config, seed):
         """The function rows -> their teacher vectors (n, d_e): here the controls part from the method."""
         vectors, source = self.vectors[config.teacher]["train"], np.arange(len(self.labels))
         if config.pairing == "noise":  # fixed per example, as a picture is
-            mean, deviation = vectors.mean(0), vectors.std(0, correction=0)
-            draw = torch.Generator()
+            mean, deviation, draw = vectors.mean(0), vectors.std(0, correction=0), torch.Generator()
             return lambda rows: torch.stack([mean + deviation * torch.randn(
                 len(mean), generator=draw.manual_seed(seed_of(seed, "noise", row))) for row in rows])
         if config.pairing == "shuffled":  # one fixed derangement a seed, a single cycle; dev stays as it is
@@ -385,11 +356,9 @@ class Data:
             source[order] = np.roll(order, 1)
         return lambda rows: vectors[source[rows]]
 
-
 def is_distilled(config):
     """Whether a configuration looks at the teacher at all."""
     return any((config.beta, config.alpha if config.output_weight is None else config.output_weight))
-
 
 # ---- one cell of the grid: an arm with a seed --------------------------------------------------------------
 class Cell:
@@ -433,8 +402,8 @@ class Cell:
         """Every step of the run in order: (epoch, role, step, rows of the batch)."""
         lengths = [len(row["input_ids"]) for row in self.data.rows["train"]]
         for epoch in range(self.config.epochs):
-            batches = length_grouped_batches(lengths, self.config.batch_size,
-                                             seed_of(self.seed, "order", epoch))
+            order = seed_of(self.seed, "order", epoch)
+            batches = length_grouped_batches(lengths, self.config.batch_size, order)
             for role in self.models:
                 for step, rows in enumerate(batches):
                     yield epoch, role, step, rows
@@ -495,7 +464,6 @@ class Cell:
     def log(self, line):
         with open(self.folder / "log.jsonl", "a") as file:
             print(json.dumps(line), file=file)
-
 
 def run(cell):
     """Train one cell from where it stands to the end. This is the method, top to bottom."""
@@ -571,7 +539,6 @@ def run(cell):
                 raise KeyboardInterrupt
     return finish(cell)
 
-
 def finish(cell):
     """Finish the cell: score the last epoch's student on all splits, write predictions_* and metrics.json."""
     config, data, lines = cell.config, cell.data, (cell.folder / "log.jsonl").read_text().splitlines()
@@ -591,10 +558,8 @@ def finish(cell):
         metrics[split], answers = cell.evaluate(split)
         evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
     write_json(cell.folder / "metrics.json", metrics)
-    for path in [*(cell.folder / "last").glob("*optimizer.safetensors"),
-                 cell.folder / "last" / "training.json"]:
+    for path in [*(cell.folder / "last").glob("*optimizer.safetensors"), cell.folder / "last/training.json"]:
         path.unlink()  # twice the student's size, and never needed again
-
 
 # ---- the grid and the command line -------------------------------------------------------------------------
 def train(config):
@@ -602,9 +567,7 @@ def train(config):
 
     Raises UserError for whatever the caller can mend, before a model is loaded wherever that is possible.
     """
-    if config.resume and not config.out:
-        config = resume_config(config.resume, {})
-    config = resolve(config)
+    config = resolve(resume_config(config.resume, {}) if config.resume and not config.out else config)
     out = Path(config.out)
     if not config.resume and any(out.glob("*/*/log.jsonl")):
         raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give another --out")
@@ -621,8 +584,8 @@ def train(config):
             write_json(out / "config.json", vars(config))
         data = Data(config)
     for seed, arm in todo:
-        cell, folder = (replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm]),
-                        out / arm / str(seed))
+        cell = replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
+        folder = out / arm / str(seed)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", vars(cell))
         run(Cell(cell, data, folder))
@@ -632,28 +595,26 @@ def train(config):
     return {arm: {seed: json.loads((out / arm / str(seed) / "metrics.json").read_text())
                   for seed in config.seeds} for arm in config.arms}
 
-
 def main(argv=None):
     """The command line: status 0; 2 and one line on stderr for what the user can mend; 130 after Ctrl-C."""
     config = configure(argv)
-    out = config.out
     if config.student == "tiny":
         torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
     try:
         train(config)
-        print(evaluation.report(evaluation.read_cells(evaluation.find_cells([out]))))
+        print(evaluation.report(evaluation.read_cells(evaluation.find_cells([config.out]))))
     except UserError as error:
         fail(error)
     except torch.OutOfMemoryError:
         fail("out of memory: try a smaller --micro-batch, --grad-checkpoint on, --amp bf16 or a smaller "
-             f"--max-length; what was saved is in {out}")
+             f"--max-length; what was saved is in {config.out}")
     except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
-        fail(f"{getattr(error, 'filename', None) or out}: {getattr(error, 'strerror', None) or error}; "
-             f"what was saved is whole: mend this and --resume {out}")
+        where, what = getattr(error, "filename", None), getattr(error, "strerror", None)
+        fail(f"{where or config.out}: {what or error}; what was saved is whole: mend this and "
+             f"--resume {config.out}")
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: python train.py --resume {out}", file=sys.stderr)
+        print(f"\nstopped; go on with: python train.py --resume {config.out}", file=sys.stderr)
         raise SystemExit(130) from None
-
 
 if __name__ == "__main__":
     main()

@@ -29,7 +29,6 @@ from student import Student, _tiny, build_student
 
 KW = dict(temperature=5.0, kind="manifold")
 
-
 def interleave(rounds, **steps):
     """{name: [milliseconds of each round]}. The steps take turns, and the turns swap, so that a slow second
     of the machine and a warm cache hit all of them."""
@@ -41,18 +40,15 @@ def interleave(rounds, **steps):
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: values[1:] for name, values in times.items()}  # the first round warms up
 
-
 def report(what, times, top, bottom):
     """The median over the rounds of top / bottom, and both medians."""
     ratio = statistics.median(a / b for a, b in zip(times[top], times[bottom]))
     print(f"{what:<66} {ratio:6.3f}   ({statistics.median(times[top]):.1f} ms / "
           f"{statistics.median(times[bottom]):.1f} ms)", flush=True)
 
-
 def peak_kib():
     """The process's high-water mark. Not getrusage's, which a child inherits from its parent."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
 
 def optimizer_step(model, loss):
     loss.backward()
@@ -60,11 +56,9 @@ def optimizer_step(model, loss):
     model.optimizer.step()
     model.optimizer.zero_grad()
 
-
 def with_optimizer(model, lr=2e-5):
     model.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     return model
-
 
 class ExponentialProjection(torch.nn.Module):
     """P = expm(A - A^T): the parametrisation of the authors' scripts (torch's orthogonal, matrix_exp)."""
@@ -75,7 +69,6 @@ class ExponentialProjection(torch.nn.Module):
 
     def forward(self, x):
         return x @ torch.linalg.matrix_exp(self.a - self.a.T).T
-
 
 def texts_of(args):
     """(student factory, training rows): RTE and a real encoder where given, else made-up sentences."""
@@ -103,7 +96,6 @@ def texts_of(args):
 
     rows, _ = encode(TASKS["rte"], examples, student().tokenizer, 128, False)
     return student, rows, torch.tensor([example.label for example in examples])
-
 
 def main():
     parser = argparse.ArgumentParser(description="Ratios of step times, interleaved, medians.")
@@ -189,7 +181,6 @@ def main():
     print(f"{'memory added by a step of 64 long texts: checkpointing on / off':<66} {on / off:6.3f}   "
           f"({on >> 10} MiB / {off >> 10} MiB)")
 
-
 def trainer_ratio(args, build, rows, labels, pad):
     """Time of an epoch: train.py's own loop / Trainer with its defaults, on the same student and texts."""
     try:
@@ -239,7 +230,6 @@ def trainer_ratio(args, build, rows, labels, pad):
         trainer.remove_callback(transformers.PrinterCallback)
         times = interleave(3, ours=ours, trainer=lambda _: trainer.train())
     report("an epoch: ours / transformers' Trainer", times, "ours", "trainer")
-
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,6 @@ TEXTS = ["a man is sleeping on the red sofa", "two dogs run after the small ball
          "it rains , they stay"]
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 
-
 def family_config(family, vocab):
     """The smallest sensible configuration of each supported family."""
     if family == "bert":
@@ -32,9 +31,7 @@ def family_config(family, vocab):
     return transformers.LlamaConfig(vocab_size=vocab, intermediate_size=64, num_key_value_heads=2,
                                     max_position_embeddings=80, bos_token_id=2, eos_token_id=3, **SMALL)
 
-
 FAMILIES = ("bert", "roberta", "deberta-v2", "opt", "llama")
-
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
@@ -58,7 +55,6 @@ def model_folder(tmp_path_factory):
 
     return make
 
-
 def official_row(task, form, i, label):
     """Row i of a made-up official file: each text column holds its own words, so a lost one is noticed."""
     row = {task.columns.get(name, name) if form == "tsv" else name:
@@ -70,9 +66,7 @@ def official_row(task, form, i, label):
             "span1_index": 0, "span1_text": f"Ann{i}", "span2_index": 4, "span2_text": "she"}}
     return {**row, task.label_column: label}
 
-
 SUPERGLUE = ("rte", "boolq", "cb", "copa", "wic", "wsc")
-
 
 def write_official(task, root, counts={"train": 12, "dev": 6, "test": 3}):
     """The files of one understanding task in its official form below root; returns root as a string."""
@@ -103,7 +97,6 @@ def write_official(task, root, counts={"train": 12, "dev": 6, "test": 3}):
         bom = "\ufeff" if task.name == "mrpc" else ""
         (folder / f"{name}.{form}").write_text(bom + text, encoding="utf-8")
     return str(root)
-
 
 @pytest.fixture(scope="session")
 def official(tmp_path_factory):

@@ -8,7 +8,6 @@ from train import Config, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
-
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_each_precision_trains_and_stays_close_to_float32(amp, tmp_path):
     if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):

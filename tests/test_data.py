@@ -19,7 +19,6 @@ from tests.conftest import SUPERGLUE, write_official
 
 UNDERSTANDING = [name for name in TASKS if name != "objects"]
 
-
 # Written by hand, not read from the registry: what each task's files hold and the student must see.
 TEXT_COLUMNS = {
     "cola": {"sentence"}, "sst2": {"sentence"}, "mrpc": {"sentence1", "sentence2"},
@@ -28,7 +27,6 @@ TEXT_COLUMNS = {
     "boolq": {"question", "passage"}, "cb": {"premise", "hypothesis"},
     "copa": {"premise", "question", "choice1", "choice2"}, "wic": {"word", "sentence1", "sentence2"},
     "wsc": {"text", "span1_text", "span2_text"}}
-
 
 # ---- official files ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", UNDERSTANDING)
@@ -43,7 +41,6 @@ def test_every_field_reaches_student_and_teacher_and_the_label_reaches_neither(n
             assert all(f"{field}word" in prompt for field in task.fields)
         assert not any(label in prompt.lower().split() for label in task.labels if not label.isdigit())
 
-
 @pytest.mark.parametrize("name", UNDERSTANDING)
 def test_labels_are_numbered_as_the_registry_lists_them_and_test_rows_have_none(name, official):
     task, splits = TASKS[name], load_task(name.upper(), official)  # names are case-insensitive
@@ -53,10 +50,8 @@ def test_labels_are_numbered_as_the_registry_lists_them_and_test_rows_have_none(
     assert [e.label for e in splits["train"]] == expected
     assert [e.idx for e in splits["train"]] == list(range(12))
 
-
 def test_mnli_has_two_dev_sets(official):
     assert [len(load_task("mnli", official)[split]) for split in ("dev", "dev_mismatched")] == [6, 4]
-
 
 def test_mrpc_is_read_past_its_byte_order_mark_and_quotes_are_part_of_the_text(tmp_path):
     root = write_official(TASKS["mrpc"], tmp_path)
@@ -67,7 +62,6 @@ def test_mrpc_is_read_past_its_byte_order_mark_and_quotes_are_part_of_the_text(t
     assert (splits["train"][0].fields["sentence1"] == '" sentence1word0 stands here .'
             and len(splits["train"]) == 12)
 
-
 def test_rte_prefers_the_jsonl_form_and_reads_the_tsv_form_where_it_is_alone(tmp_path):
     write_official(TASKS["rte"], tmp_path)
     tsv = "index\tsentence1\tsentence2\tlabel\n0\tthe premise\tthe hypothesis\tnot_entailment\n"
@@ -77,7 +71,6 @@ def test_rte_prefers_the_jsonl_form_and_reads_the_tsv_form_where_it_is_alone(tmp
     (tmp_path / "RTE" / "train.jsonl").unlink()
     example = load_task("rte", tmp_path)["train"][0]
     assert (example.fields, example.label) == ({"premise": "the premise", "hypothesis": "the hypothesis"}, 1)
-
 
 def test_wsc_marks_both_spans_in_place_and_asks_with_the_span_texts(tmp_path):
     """Indices count words between white space; a span of two words may have a line break inside."""
@@ -91,17 +84,14 @@ def test_wsc_marks_both_spans_in_place_and_asks_with_the_span_texts(tmp_path):
         "Then  the\n[tall man,] said Ann's aunt, lost *his* hat.", "his refers to tall man")
     assert (example.label, example.idx) == (1, 7)
 
-
 def test_copa_tells_cause_from_effect_and_offers_both_choices(official):
     first, second = load_task("copa", official)["train"][:2]
     assert ("What was the cause?" in TASKS["copa"].pair(first)[0]
             and "What was the effect?" in TASKS["copa"].pair(second)[0])
     assert all(f"choice{n}word0" in TASKS["copa"].pair(first)[1] for n in (1, 2))
 
-
 def edit(old, new):
     return lambda text: text.replace(old, new, 1)
-
 
 @pytest.mark.parametrize("name, change, says", [
     ("rte", lambda text: "", "has no rows"),
@@ -123,7 +113,6 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path, name, change, says):
     with pytest.raises(UserError, match=says):
         load_task(name, root)
 
-
 def test_a_file_that_is_missing_or_not_utf8_and_a_task_that_is_unknown_are_named(tmp_path):
     with pytest.raises(UserError, match="RTE/train.tsv is missing: give --data-dir"):
         load_task("rte", tmp_path)
@@ -133,7 +122,6 @@ def test_a_file_that_is_missing_or_not_utf8_and_a_task_that_is_unknown_are_named
         load_task("rte", tmp_path)
     with pytest.raises(UserError, match="unknown task 'rtee': did you mean rte?"):
         find_task("rtee")
-
 
 @pytest.fixture
 def archive_server():
@@ -154,7 +142,6 @@ def archive_server():
     server.shutdown()
     server.server_close()
 
-
 def test_an_archive_is_fetched_once_and_unpacked(archive_server, tmp_path, monkeypatch):
     root, packed = write_official(TASKS["rte"], tmp_path / "made"), io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
@@ -170,7 +157,6 @@ def test_an_archive_is_fetched_once_and_unpacked(archive_server, tmp_path, monke
     with pytest.raises(UserError, match=r"\(12, 6\) rows in train and dev, not \(2490, 277\)"):
         load_task("rte", None, tmp_path / "cache")  # what we fetched ourselves must be whole
 
-
 @pytest.mark.parametrize("status, body", [(404, b""), (200, b"PK half of a zip file")])
 def test_an_archive_that_cannot_be_had_is_one_line_and_leaves_nothing(
         archive_server, tmp_path, monkeypatch, status, body):
@@ -179,7 +165,6 @@ def test_an_archive_that_cannot_be_had_is_one_line_and_leaves_nothing(
     with pytest.raises(UserError, match="could not fetch http://127.0.0.1.*give --data-dir FOLDER"):
         load_task("rte", None, tmp_path)
     assert list((tmp_path / "data").iterdir()) == []
-
 
 # ---- objects -----------------------------------------------------------------------------------------------
 def test_objects_shares_no_pair_between_splits_in_either_order_and_shows_every_object_in_training():
@@ -191,7 +176,6 @@ def test_objects_shares_no_pair_between_splits_in_either_order_and_shows_every_o
     assert len(set(everything)) == len(everything) and len(pairs["train"]) == 120 and len(pairs["dev"]) == 500
     assert frozenset.union(*pairs["train"]) == OBJECTS.keys()
 
-
 def test_objects_labels_say_whether_the_first_named_object_is_the_larger_by_a_quarter_at_least():
     for example in load_task("objects")["dev"]:
         first, second = [OBJECTS[w][0]
@@ -199,19 +183,15 @@ def test_objects_labels_say_whether_the_first_named_object_is_the_larger_by_a_qu
                          if w in OBJECTS]
         assert example.label == (first > second) and max(first, second) >= 1.25 * min(first, second)
 
-
 # ---- shortening --------------------------------------------------------------------------------------------
 WORDS = [f"w{i}" for i in range(300)]
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return _tiny([" ".join(WORDS) + " what was the cause 1 2 : ?"])[1]
 
-
 def example_of(name, **fields):
     return Example(fields, 0, 0, f"{name}:1")
-
 
 @pytest.mark.parametrize("decoder", [False, True])
 def test_a_long_text_loses_the_end_of_its_longest_field_and_nothing_else(tokenizer, decoder):
@@ -223,14 +203,12 @@ def test_a_long_text_loses_the_end_of_its_longest_field_and_nothing_else(tokeniz
     kept = [w for w in words if w in WORDS[:200]]
     assert kept == WORDS[:len(kept)] and len(kept) >= 27  # the premise is a prefix, as long as fits
 
-
 def test_two_long_fields_are_shortened_to_about_equal_length(tokenizer):
     example = example_of("rte", premise=" ".join(WORDS[:150]), hypothesis=" ".join(WORDS[150:280]))
     rows, _ = encode(TASKS["rte"], [example], tokenizer, 64, False)
     words = tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])
     counts = [sum(w in group for w in words) for group in (WORDS[:150], WORDS[150:])]
     assert abs(counts[0] - counts[1]) <= 1 and sum(counts) == 61
-
 
 def test_the_question_and_the_templates_own_words_are_never_shortened(tokenizer):
     example = example_of("copa", premise=" ".join(WORDS[:90]), question="cause",
@@ -240,18 +218,15 @@ def test_the_question_and_the_templates_own_words_are_never_shortened(tokenizer)
     assert "what was the cause ?" in text and "1 :" in text and "2 : w299" in text
     assert "question" in KEEP
 
-
 def test_a_maximum_too_small_for_what_must_stay_is_an_error_that_gives_the_number(tokenizer):
     example = example_of("boolq", question=" ".join(WORDS[:20]), passage="w50 w51")
     with pytest.raises(UserError, match="--max-length 10 is too small for boolq:1.* takes 22 tokens"):
         encode(TASKS["boolq"], [example], tokenizer, 10, False)
 
-
 def test_texts_that_fit_are_left_alone(tokenizer):
     example = example_of("rte", premise="w1 w2", hypothesis="w3")
     rows, shortened = encode(TASKS["rte"], [example] * 3, tokenizer, 7, False)
     assert shortened == 0 and rows[2]["input_ids"] == tokenizer("w1 w2", "w3")["input_ids"]
-
 
 def test_an_emoji_of_several_byte_tokens_can_be_cut_off():
     """Byte-level tokenizers (OPT, RoBERTa, LLaMA) give all bytes of a character the same offsets."""
@@ -263,13 +238,11 @@ def test_an_emoji_of_several_byte_tokens_can_be_cut_off():
         TASKS["cola"], [example_of("cola", sentence="good \U0001F600")], byte_level, 8, True)
     assert shortened == 1 and "".join(byte_level.convert_ids_to_tokens(rows[0]["input_ids"])) == "good"
 
-
 def test_an_empty_second_text_costs_the_others_nothing(tokenizer):
     examples = [example_of("rte", premise="w1", hypothesis=""),
                 example_of("rte", premise="w2", hypothesis="w3")]
     rows, _ = encode(TASKS["rte"], examples, tokenizer, 20, False)
     assert rows[1]["input_ids"] == tokenizer("w2", "w3")["input_ids"]
-
 
 # ---- batches -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n, batch_size", [(100, 8), (7, 8), (8, 8), (1000, 32)])
@@ -279,13 +252,11 @@ def test_every_row_comes_exactly_once_and_only_one_batch_is_short(n, batch_size)
     assert sorted(row for batch in batches for row in batch) == list(range(n))
     assert sorted(len(batch) for batch in batches)[1:] == [batch_size] * (len(batches) - 1)
 
-
 def test_batches_depend_on_the_seed_alone_and_come_in_no_order_of_length():
     lengths = [random.Random(i).randint(5, 100) for i in range(400)]
     a, b, c = (length_grouped_batches(lengths, 8, seed) for seed in (1, 1, 2))
     means = [sum(lengths[row] for row in batch) for batch in a]
     assert a == b != c and means != sorted(means)
-
 
 def test_grouping_saves_most_of_the_padding():
     lengths = [random.Random(i).randint(5, 100) for i in range(1000)]
@@ -297,7 +268,6 @@ def test_grouping_saves_most_of_the_padding():
 
     assert padding(length_grouped_batches(lengths, 16, 0)) < 0.25 * padding(
         [order[i:i + 16] for i in range(0, 1000, 16)])
-
 
 def test_collate_pads_to_the_longest_row_of_the_batch_and_masks_the_padding():
     rows = [{"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1]}, {"input_ids": [8], "token_type_ids": [1]}]

@@ -8,7 +8,6 @@ from data import UserError, collate
 from student import build_student, load_student
 from tests.conftest import FAMILIES, TEXTS
 
-
 def batch_of(student, texts, left=False, extra=0):
     """Pad to the longest text plus `extra`, on the right or on the left."""
     rows = [dict(student.tokenizer(text)) for text in texts]
@@ -20,12 +19,10 @@ def batch_of(student, texts, left=False, extra=0):
                                    row[key] + [fill] * (width - len(row[key])) for row in rows])
     return batch
 
-
 @pytest.fixture(params=FAMILIES)
 def student(request, model_folder):
     torch.manual_seed(0)
     return build_student(model_folder(request.param), 3, 12).eval()
-
 
 def test_outputs_have_the_shapes_and_formulas_of_the_method(student):
     batch = batch_of(student, TEXTS)
@@ -36,7 +33,6 @@ def test_outputs_have_the_shapes_and_formulas_of_the_method(student):
     torch.testing.assert_close(out.aux_logits, heads["aux_classifier"](out.proj))
     assert [tuple(x.shape) for x in out] == [(4, 3), (4, 3), (4, 12)]
 
-
 def test_padding_changes_nothing(student):
     """A text alone, among longer ones, and with ten columns of padding more: the same vector."""
     together = student(**batch_of(student, TEXTS))
@@ -46,12 +42,10 @@ def test_padding_changes_nothing(student):
             torch.testing.assert_close(one[0], many[i], atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(one[0], more[i], atol=2e-5, rtol=1e-4)
 
-
 def test_a_decoder_gives_the_same_vector_under_left_padding(student):
     if student.decoder:
         right, left = (student(**batch_of(student, TEXTS, left=left, extra=3)) for left in (False, True))
         torch.testing.assert_close(right.logits, left.logits, atol=2e-5, rtol=1e-4)
-
 
 def test_pooling_reads_the_position_its_family_calls_for(student):
     """BERT and RoBERTa: the pooler; DeBERTa: the first token; OPT and LLaMA: the last real token, here before
@@ -66,7 +60,6 @@ def test_pooling_reads_the_position_its_family_calls_for(student):
                 "llama": lambda: out.last_hidden_state[range(4), last]}
     assert (student.pool(out, batch["attention_mask"]) == expected[family]()).all()
 
-
 def test_every_word_reaches_the_pooled_vector(student):
     """Position 0 under a causal mask would give the same vector for every text."""
     words = TEXTS[0].split()
@@ -74,7 +67,6 @@ def test_every_word_reaches_the_pooled_vector(student):
     for i in (0, len(words) // 2, len(words) - 1):
         changed = " ".join([*words[:i], "nobody", *words[i + 1:]])
         assert (student(**batch_of(student, [changed])).logits - plain).abs().max() > 1e-6
-
 
 def test_gradients_reach_every_layer_with_and_without_checkpointing_and_are_equal(student):
     """In train mode, so that the recomputed layers must draw the same dropout."""
@@ -93,7 +85,6 @@ def test_gradients_reach_every_layer_with_and_without_checkpointing_and_are_equa
     assert plain.keys() == recomputed.keys()
     torch.testing.assert_close(plain, recomputed)
 
-
 def test_save_and_load_give_the_same_outputs_and_automodel_opens_the_folder(student, tmp_path):
     student.save(tmp_path)
     loaded, batch = load_student(tmp_path), batch_of(student, TEXTS)
@@ -105,7 +96,6 @@ def test_save_and_load_give_the_same_outputs_and_automodel_opens_the_folder(stud
     assert (lm(**batch).last_hidden_state == student.lm(**batch).last_hidden_state).all()
     assert tokenizer(TEXTS[0])["input_ids"] == student.tokenizer(TEXTS[0])["input_ids"]
 
-
 def test_dropout_hits_both_heads_but_not_the_projection(model_folder):
     """The language model's own dropout is switched off; p_s must be P_s h_s, and o_s, a_s thinned."""
     student, batch = build_student(model_folder("bert"), 3, 12, dropout=0.5).train(), None
@@ -114,14 +104,12 @@ def test_dropout_hits_both_heads_but_not_the_projection(model_folder):
     a, b = student(**batch), student(**batch)
     assert (a.proj == b.proj).all() and (a.logits != b.logits).any() and (a.aux_logits != b.aux_logits).any()
 
-
 def test_answers_come_without_dropout_in_order_and_leave_the_mode_alone(student):
     rows = [dict(student.tokenizer(text)) for text in TEXTS]
     expected = student.eval()(**batch_of(student, TEXTS)).logits.argmax(-1).tolist()
     student.train()
     student.drop.p = 0.9
     assert student.answers(rows, batch_size=3) == expected and student.training
-
 
 def test_predict_names_the_label_of_each_text_in_order_whatever_the_batch_size(student):
     student.settings["labels"] = ["no", "maybe", "yes"]
@@ -132,12 +120,10 @@ def test_predict_names_the_label_of_each_text_in_order_whatever_the_batch_size(s
     with pytest.raises(UserError, match=r"predict\(\[text\]\)"):
         student.predict(TEXTS[0])  # would be answered letter by letter
 
-
 def test_predict_of_a_regression_gives_scores_from_0_to_5_and_leaves_the_mode_alone(model_folder):
     student = build_student(model_folder("bert"), 1, 8).train()
     torch.nn.init.constant_(student.heads["classifier"].bias, 9.0)
     assert student.predict(TEXTS) == [5.0] * 4 and student.training
-
 
 def test_a_float16_checkpoint_is_loaded_in_float32(model_folder):
     """transformers keeps the stored dtype; OPT's is float16,
@@ -146,11 +132,9 @@ def test_a_float16_checkpoint_is_loaded_in_float32(model_folder):
     assert transformers.AutoModel.from_pretrained(folder).dtype == torch.float16
     assert {p.dtype for p in build_student(folder, 2, 8).parameters()} == {torch.float32}
 
-
 def test_no_vocabulary_head_is_loaded(student):
     """AutoModel, not AutoModelForCausalLM: a head of vocabulary width would be dead weight."""
     assert not any("lm_head" in name for name, _ in student.named_parameters())
-
 
 @pytest.mark.parametrize("proj_dim", [20, 32, 50])
 def test_an_orthogonal_student_projection_is_orthogonal_at_any_width(model_folder, proj_dim):
@@ -158,7 +142,6 @@ def test_an_orthogonal_student_projection_is_orthogonal_at_any_width(model_folde
     P = projection(torch.eye(32)).T  # (d, d_s)
     gram = P @ P.T if proj_dim <= 32 else P.T @ P
     torch.testing.assert_close(gram, torch.eye(min(proj_dim, 32)), atol=1e-5, rtol=0)
-
 
 # ---- tiny --------------------------------------------------------------------------------------------------
 def test_tiny_makes_its_vocabulary_from_texts_and_reads_pairs():
@@ -171,11 +154,9 @@ def test_tiny_makes_its_vocabulary_from_texts_and_reads_pairs():
     assert student(**collate(
         [{k: v for k, v in zip(ids, row)} for row in zip(*ids.values())], 0)).logits.shape == (2, 2)
 
-
 def test_tiny_without_texts_is_an_error():
     with pytest.raises(UserError, match="texts="):
         build_student("tiny", 2, 8)
-
 
 def test_bert_6l_is_the_first_six_layers(monkeypatch, tmp_path, model_folder):
     config = transformers.AutoConfig.from_pretrained(model_folder("bert"), num_hidden_layers=8)
@@ -188,13 +169,11 @@ def test_bert_6l_is_the_first_six_layers(monkeypatch, tmp_path, model_folder):
     assert len(build_student("bert-6l", 2, 8).lm.encoder.layer) == 6
     student_module.check_available.cache_clear()
 
-
 def test_a_folder_without_tokenizer_files_is_refused(model_folder, tmp_path):
     """transformers would invent an empty vocabulary and read every text as the same unknown word."""
     transformers.AutoModel.from_pretrained(model_folder("bert")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="tokenizer"):
         build_student(str(tmp_path), 2, 8)
-
 
 def test_a_damaged_checkpoint_is_one_line(student, tmp_path):
     student.save(tmp_path)
@@ -203,14 +182,12 @@ def test_a_damaged_checkpoint_is_one_line(student, tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         load_student(tmp_path)
 
-
 # ---- names that cannot be had ------------------------------------------------------------------------------
 def test_a_folder_without_a_model_and_a_folder_without_a_student_are_named(tmp_path):
     with pytest.raises(UserError, match="holds no config.json"):
         build_student(str(tmp_path), 2, 8)
     with pytest.raises(UserError, match="no student.json"):
         load_student(tmp_path)
-
 
 @pytest.mark.parametrize("status, code, says", [
     (404, "RepoNotFound", "did you mean opt-1.3b"), (401, "GatedRepo", "accept its licence"),

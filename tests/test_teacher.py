@@ -11,7 +11,6 @@ from teacher import Cache, Teacher, build_teacher, main, teacher_vectors
 TEXTS = ["is a mouse bigger than a piano?", "is a piano bigger than a mouse?", "the committee adjourned", "",
          "a bus, a cat and a pea"]
 
-
 # ---- the painter -------------------------------------------------------------------------------------------
 def test_a_text_gives_the_same_picture_alone_in_a_list_and_in_another_order():
     teacher = build_teacher("painter:.5")
@@ -21,12 +20,10 @@ def test_a_text_gives_the_same_picture_alone_in_a_list_and_in_another_order():
     assert (together[::-1] == teacher.encode(TEXTS[::-1])).all()
     assert teacher.encode([]).shape == (0, 1024)
 
-
 def test_the_painter_draws_the_larger_object_larger_on_its_own_side_of_the_canvas():
     picture = build_teacher("painter").encode([TEXTS[0], TEXTS[1]]).reshape(2, 4, 16, 16)
     left, right = picture[:, 3, :, :8].sum((1, 2)), picture[:, 3, :, 8:].sum((1, 2))
     assert left[0] < right[0] and left[1] > right[1]
-
 
 def test_covered_area_grows_with_size_among_objects_of_one_shape():
     """What the student can learn from the picture and not from 120 sentences."""
@@ -34,7 +31,6 @@ def test_covered_area_grows_with_size_among_objects_of_one_shape():
         names = sorted((n for n in OBJECTS if OBJECTS[n][2] == shape), key=lambda n: OBJECTS[n][0])
         area = build_teacher("painter").encode(names).reshape(-1, 4, 256)[:, 3].sum(1)
         assert (np.diff(area) >= 0).all() and area[-1] > 3 * area[0]
-
 
 def test_the_picture_to_look_at_is_the_painting_on_white_paper(tmp_path, capsys):
     pixels = build_teacher("painter").picture("sofa")  # green, in the middle
@@ -45,7 +41,6 @@ def test_the_picture_to_look_at_is_the_painting_on_white_paper(tmp_path, capsys)
     large = np.asarray(image.open(tmp_path / "sofa.png"))
     assert large.shape == (512, 512, 3) and (large[16::32, 16::32] == pixels).all()
     assert str(tmp_path / "sofa.png") in capsys.readouterr().out
-
 
 @pytest.mark.parametrize("flags, says", [
     (["--teacher", "paintr"], "did you mean painter"),
@@ -59,11 +54,9 @@ def test_what_cannot_be_shown_is_one_line(flags, says, tmp_path, capsys):
     err = capsys.readouterr().err
     assert stop.value.code == 2 and says in err and err.count("\n") == 1
 
-
 def test_any_text_has_a_picture_of_its_own_even_where_the_painter_knows_no_word():
     a, b = build_teacher("painter").encode(["the committee adjourned", "the committee met"])
     assert (a != 0).any() and (a != b).any()
-
 
 def test_the_dose_mixes_picture_and_noise_of_equal_power():
     texts = [f"a {a} or a {b}" for a in list(OBJECTS)[:8] for b in list(OBJECTS)[-8:]]
@@ -80,7 +73,6 @@ def test_the_dose_mixes_picture_and_noise_of_equal_power():
 
     assert share(half) == pytest.approx(0.5, abs=0.03) and share(none) == pytest.approx(0, abs=0.03)
 
-
 # ---- specs -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("spec, says", [
     ("paintr", "unknown teacher 'paintr': did you mean painter"), ("painter:2", "dose RHO from 0"),
@@ -90,7 +82,6 @@ def test_a_teacher_that_cannot_be_had_says_why(spec, says):
     with pytest.raises(UserError, match=says):
         build_teacher(spec)
 
-
 # ---- ready-made vectors ------------------------------------------------------------------------------------
 @pytest.fixture
 def folder(tmp_path):
@@ -99,7 +90,6 @@ def folder(tmp_path):
     np.save(tmp_path / "dev.npy", rng.standard_normal((3, 5)))
     return tmp_path
 
-
 def test_row_i_belongs_to_example_i_and_limit_keeps_the_first(folder):
     teacher = build_teacher(f"vectors:{folder}")
     vectors = teacher_vectors(teacher, "train", list("abcdef"), folder, limit=4)
@@ -107,7 +97,6 @@ def test_row_i_belongs_to_example_i_and_limit_keeps_the_first(folder):
     assert (vectors == np.load(folder / "train.npy")[:4].astype(np.float32)).all()
     with pytest.raises(UserError, match="by row, not by text"):
         teacher.encode(["a new text"])
-
 
 @pytest.mark.parametrize("split, array, says", [
     ("dev", np.zeros((4, 5)), r"dev.npy has shape \(4, 5\), expected \(3, 5\)"),
@@ -120,7 +109,6 @@ def test_vectors_that_do_not_fit_the_examples_are_refused(folder, split, array, 
     np.save(folder / f"{split}.npy", array, allow_pickle=True)
     with pytest.raises(UserError, match=says):
         teacher_vectors(build_teacher(f"vectors:{folder}"), split, list("abc"), folder)
-
 
 # ---- CLIP --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
@@ -138,7 +126,6 @@ def clip_folder(tmp_path_factory):
     tokenizer.save_pretrained(folder)
     return str(folder)
 
-
 def test_clip_gives_the_text_features_of_the_whole_model_whatever_the_neighbours(clip_folder):
     teacher = build_teacher(f"clip:{clip_folder}")
     vectors = teacher.encode(TEXTS)
@@ -149,12 +136,10 @@ def test_clip_gives_the_text_features_of_the_whole_model_whatever_the_neighbours
             features = whole.get_text_features(**tokenizer(text, return_tensors="pt")).pooler_output[0]
         np.testing.assert_allclose(vector, features.numpy(), atol=1e-5)
 
-
 def test_clip_says_how_many_texts_it_had_to_cut(clip_folder, capsys, tmp_path):
     texts = ["a mouse", "a mouse " * 9, "a piano " * 20]
     teacher_vectors(build_teacher(f"clip:{clip_folder}"), "train", texts, tmp_path)
     assert "2 of 3 train texts are too long for it and were cut" in capsys.readouterr().err
-
 
 # ---- the cache ---------------------------------------------------------------------------------------------
 class Counting(Teacher):
@@ -169,7 +154,6 @@ class Counting(Teacher):
         self.asked += texts
         return np.array([[len(text), ord(text[0]), 1] for text in texts], np.float32)
 
-
 def test_each_distinct_text_is_made_once_and_paired_by_content(tmp_path):
     teacher, texts = Counting(), ["bb", "a", "bb", "ccc"]
     first = teacher_vectors(teacher, "train", texts, tmp_path)
@@ -181,12 +165,10 @@ def test_each_distinct_text_is_made_once_and_paired_by_content(tmp_path):
     teacher_vectors(other, "dev", ["a"], tmp_path, limit=None)
     assert other.asked == ["a"]  # a teacher with another name shares nothing
 
-
 def test_only_the_limit_is_paid_for(tmp_path):
     teacher = Counting()
     assert (len(teacher_vectors(teacher, "train", ["a", "b", "c"], tmp_path, limit=2)) == 2
             and teacher.asked == ["a", "b"])
-
 
 def test_a_damaged_entry_is_made_again_and_never_used(tmp_path):
     teacher = Counting()
@@ -196,7 +178,6 @@ def test_a_damaged_entry_is_made_again_and_never_used(tmp_path):
     assert cache.get(teacher, "a") is None and cache.get(teacher, "bb") is not None
     assert teacher_vectors(teacher, "train", ["a", "bb"], tmp_path)[0].tolist() == [1, 97, 1]
     assert teacher.asked == ["a", "bb", "a"]
-
 
 def test_a_vector_that_is_not_finite_is_an_error_that_names_the_example(tmp_path):
     teacher = Counting()

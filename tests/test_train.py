@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # 3 steps an epoch, the last one of 8
 QUICK = dict(task="objects", epochs=2, eval_every=1, limit=40, batch_size=16)
 
-
 def cell_of(folder, arm="armada", seed=0, **flags):
     """A cell as train() makes it, not yet run."""
     config = resolve(Config(**{**QUICK, "arms": (arm,), "seeds": (seed,), **flags}))
@@ -34,27 +33,22 @@ def cell_of(folder, arm="armada", seed=0, **flags):
     Path(folder).mkdir(parents=True, exist_ok=True)
     return Cell(config, Data(config), Path(folder))
 
-
 def weights(folder):
     return {f"{file.stem}.{name}": tensor for file in Path(folder).glob("*.safetensors")
             for name, tensor in load_file(file).items()}
-
 
 def assert_identical(a, b):
     assert a.keys() == b.keys() and len(a) > 0
     for name in a:
         assert torch.equal(a[name], b[name]), name
 
-
 def lines(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-
 
 def outcome(folder):
     """metrics.json without the clock and the memory, which differ from run to run."""
     metrics = json.loads((Path(folder) / "metrics.json").read_text())
     return {key: value for key, value in metrics.items() if key not in ("seconds", "peak_memory_mib")}
-
 
 # ---- seeds and schedules -----------------------------------------------------------------------------------
 def test_the_rate_rises_for_a_tenth_of_the_steps_at_most_a_hundred_and_falls_linearly_to_zero():
@@ -65,12 +59,10 @@ def test_the_rate_rises_for_a_tenth_of_the_steps_at_most_a_hundred_and_falls_lin
     # too short for a warm-up
     assert [lr_factor(step, 3) for step in range(3)] == pytest.approx([1, 2 / 3, 1 / 3])
 
-
 def test_every_step_has_a_seed_of_its_own():
     seeds = {seed_of(s, role, epoch, step, micro) for s in (0, 1) for role in ("aligner", "student")
              for epoch in range(5) for step in range(5) for micro in (0, 8)}
     assert len(seeds) == 2 * 2 * 5 * 5 * 2 and seed_of(0, "student") == seed_of(0, "student")
-
 
 def test_arms_of_one_seed_share_initial_weights_data_order_and_dropout(tmp_path, monkeypatch):
     """So that their differences are paired. The dropout is seen in the first student step, before any update:
@@ -95,7 +87,6 @@ def test_arms_of_one_seed_share_initial_weights_data_order_and_dropout(tmp_path,
         start["lm.embeddings.word_embeddings.weight"],
         cell_of(tmp_path / "other", seed=1).student.state_dict()["lm.embeddings.word_embeddings.weight"])
 
-
 def test_each_epoch_shows_every_example_once_to_the_aligner_and_then_once_to_the_student(tmp_path):
     cell = cell_of(tmp_path)
     plan = list(cell.schedule())
@@ -105,10 +96,8 @@ def test_each_epoch_shows_every_example_once_to_the_aligner_and_then_once_to_the
         assert sorted(row for *_, rows in plan[start:start + 3] for row in rows) == list(range(40))
     assert [role for _, role, _, _ in cell_of(tmp_path / "u", "undistilled").schedule()] == ["student"] * 6
 
-
 def looked_up(cell, pairing, seed, rows=range(40)):
     return cell.data.lookup(dataclasses.replace(cell.config, pairing=pairing), seed)(list(rows))
-
 
 def test_shuffling_gives_every_text_another_texts_vector_and_each_vector_once(tmp_path):
     cell = cell_of(tmp_path)
@@ -117,7 +106,6 @@ def test_shuffling_gives_every_text_another_texts_vector_and_each_vector_once(tm
     assert torch.equal(own, cell.data.vectors["painter"]["train"])
     assert (mixed != own).any(1).all() and torch.equal(mixed, again) and not torch.equal(mixed, other)
     assert sorted(mixed.tolist()) == sorted(own.tolist())
-
 
 def test_noise_has_the_vectors_moments_and_belongs_to_its_example(tmp_path):
     """Mean and variance of each dimension are the pictures'; nothing else is, and no batch changes it."""
@@ -130,7 +118,6 @@ def test_noise_has_the_vectors_moments_and_belongs_to_its_example(tmp_path):
     alone, again = looked_up(cell, "noise", 0, [7]), looked_up(cell, "noise", 0)[[7]]
     assert torch.equal(alone, again) and not torch.equal(alone, looked_up(cell, "noise", 1, [7]))
     assert not torch.equal(alone, looked_up(cell, "noise", 0, [8]))
-
 
 def test_every_arm_is_one_line_of_overrides_and_controls_are_those_without_the_teachers_vectors(tmp_path):
     fields = {field.name for field in dataclasses.fields(Config)}
@@ -145,7 +132,6 @@ def test_every_arm_is_one_line_of_overrides_and_controls_are_those_without_the_t
         assert spaces is None or (0 <= spaces["retrieval@1"] <= 1 and 0 <= spaces["cka"] <= 1)
     assert found["dose-0.25"][0]["teacher"] == "painter:0.25" and found["armada"][0]["teacher"] == "painter"
 
-
 def test_a_dose_is_read_from_its_own_painter():
     data = Data(resolve(Config(**{**QUICK, "arms": ("undistilled", "armada", "dose-0.25")})))
     assert set(data.vectors) == {"painter", "painter:0.25"}
@@ -154,13 +140,11 @@ def test_a_dose_is_read_from_its_own_painter():
         scale = np.linalg.norm(vectors["dev"]) / np.linalg.norm(raw)
         np.testing.assert_allclose(vectors["dev"], raw * scale, rtol=1e-4, atol=1e-5)
 
-
 def test_an_untrained_aligner_stays_as_it_was(tmp_path):
     cell = cell_of(tmp_path, "random-aligner", epochs=1)
     before = {name: value.clone() for name, value in cell.aligner.state_dict().items()}
     run(cell)
     assert_identical(cell.aligner.state_dict(), before)
-
 
 def test_the_alignment_in_metrics_json_is_that_of_the_saved_student(tmp_path):
     cell = cell_of(tmp_path, epochs=1)
@@ -172,7 +156,6 @@ def test_the_alignment_in_metrics_json_is_that_of_the_saved_student(tmp_path):
     expected = {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s), "cka": evaluation.linear_cka(p_t, p_s)}
     assert outcome(tmp_path)["spaces"] == pytest.approx(expected, abs=1e-4)
 
-
 def test_teacher_vectors_are_divided_by_the_training_root_mean_square_and_not_centred(tmp_path):
     data = cell_of(tmp_path).data
     scale = None
@@ -181,7 +164,6 @@ def test_teacher_vectors_are_divided_by_the_training_root_mean_square_and_not_ce
         scale = scale or np.sqrt((raw.astype(float) ** 2).mean())
         np.testing.assert_allclose(data.vectors["painter"][split].numpy(), raw / scale, rtol=1e-5)
     assert [len(data.vectors["painter"][split]) for split in ("train", "dev")] == [40, 500]
-
 
 # ---- the step ----------------------------------------------------------------------------------------------
 def test_micro_batches_give_the_update_of_the_whole_batch(tmp_path, monkeypatch):
@@ -197,7 +179,6 @@ def test_micro_batches_give_the_update_of_the_whole_batch(tmp_path, monkeypatch)
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], atol=2e-4, rtol=1e-3)
         torch.testing.assert_close(results[0][name], results[2][name], atol=2e-4, rtol=1e-3)
-
 
 def test_three_steps_of_each_role_are_adamw_with_clipped_gradients_and_the_scheduled_rate(
         tmp_path, monkeypatch):
@@ -229,13 +210,11 @@ def test_three_steps_of_each_role_are_adamw_with_clipped_gradients_and_the_sched
         for a, b in zip(cell.models[role].parameters(), twin.models[role].parameters()):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
-
 def test_the_rate_runs_on_over_the_epochs(tmp_path):
     run(cell_of(tmp_path))
     for role, peak in (("aligner", 1e-3), ("student", 4e-3)):
         assert [row["lr"] for row in lines(tmp_path) if row.get("role") == role] == pytest.approx(
             [peak * lr_factor(2, 6), peak * lr_factor(5, 6)])
-
 
 def test_every_flag_of_the_losses_reaches_them(tmp_path, monkeypatch):
     seen = []
@@ -251,7 +230,6 @@ def test_every_flag_of_the_losses_reaches_them(tmp_path, monkeypatch):
     assert cell.student.lm.is_activation_checkpointing or cell.student.lm.is_gradient_checkpointing
     assert isinstance(cell.student.heads["projection"], Householder) and cell.aligner.projection.out_dim == 50
 
-
 @pytest.mark.parametrize("arm", ["armada", "shuffled", "noise"])
 def test_the_aligner_sees_the_vector_that_the_pairing_names(tmp_path, monkeypatch, arm):
     """In the controls both roles learn from wrong pictures: else the control would control nothing."""
@@ -263,7 +241,6 @@ def test_the_aligner_sees_the_vector_that_the_pairing_names(tmp_path, monkeypatc
         assert torch.equal(e, lookup(rows))
         assert torch.equal(e, cell.vectors["train"][rows]) == (arm == "armada")
 
-
 def test_no_two_steps_of_a_run_draw_the_same_dropout_and_no_two_epochs_the_same_order(tmp_path, monkeypatch):
     drawn, original = [], torch.manual_seed
     cell = cell_of(tmp_path, micro_batch=8)
@@ -274,7 +251,6 @@ def test_no_two_steps_of_a_run_draw_the_same_dropout_and_no_two_epochs_the_same_
                      for epoch in (0, 1))
     assert first != second
 
-
 def test_the_best_folder_holds_the_epoch_with_the_highest_dev_score(tmp_path, monkeypatch):
     scores = iter([0.5, 0.7, 0.6, 0.0, 0.0])
     monkeypatch.setattr(evaluation, "score", lambda *args: {"accuracy": next(scores, 0.0)})
@@ -283,7 +259,6 @@ def test_the_best_folder_holds_the_epoch_with_the_highest_dev_score(tmp_path, mo
     assert cell.best == {"epoch": 2, "dev": {"accuracy": 0.7}}
     assert any(not torch.equal(a, b) for a, b in zip(
         weights(tmp_path / "best").values(), weights(tmp_path / "last").values()))
-
 
 def test_fp16_forgives_a_skipped_step_but_not_a_scale_that_vanishes():
     class Scaler:
@@ -302,7 +277,6 @@ def test_fp16_forgives_a_skipped_step_but_not_a_scale_that_vanishes():
     with pytest.raises(UserError, match="overflow at every loss scale"):
         training.read_log(waiting, 1.0, scaler)
 
-
 def test_the_student_step_leaves_the_aligner_alone_and_the_aligner_step_the_student(tmp_path, monkeypatch):
     cell, seen = cell_of(tmp_path, epochs=1), []
 
@@ -316,7 +290,6 @@ def test_the_student_step_leaves_the_aligner_alone_and_the_aligner_step_the_stud
     assert len(set(student[:4])) == 1 and len(set(aligner[:4])) == 4   # three aligner steps
     assert len(set(aligner[3:])) == 1 and len(set(student[3:])) == 3   # three student steps
 
-
 def test_mixed_precision_on_the_cpu_stays_close_to_float32(tmp_path):
     losses_of = {}
     for amp in ("off", "bf16"):
@@ -324,7 +297,6 @@ def test_mixed_precision_on_the_cpu_stays_close_to_float32(tmp_path):
         losses_of[amp] = [line["loss"] for line in lines(tmp_path / amp) if line.get("role") == "student"]
     assert (losses_of["off"] != losses_of["bf16"]
             and losses_of["off"] == pytest.approx(losses_of["bf16"], rel=0.02))
-
 
 @pytest.mark.parametrize("term", ["task", "output", "manifold"])
 def test_a_loss_that_is_not_finite_stops_the_run_naming_the_term_and_the_first_bad_step(
@@ -343,7 +315,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_term_and_the_first_b
     # the first epoch's checkpoint stands
     assert json.loads((tmp_path / "last" / "training.json").read_text())["done"] == 6
 
-
 def test_a_regression_starts_all_four_heads_at_the_mean_label(official, tmp_path):
     """A relu that starts below zero has no gradient and stays there."""
     config = resolve(Config(task="stsb", data_dir=official, student="tiny", teacher="painter", epochs=1,
@@ -356,7 +327,6 @@ def test_a_regression_starts_all_four_heads_at_the_mean_label(official, tmp_path
     assert [head.bias.item() for head in heads] == pytest.approx([mean] * 4)
     assert data.labels.dtype == torch.float32
 
-
 # ---- checkpoints -------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -364,7 +334,6 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     run(cell_of(folder))
     return folder
-
 
 @pytest.mark.parametrize("stop", [1, 4, 7, 10, 12])
 def test_a_run_killed_at_any_step_and_resumed_ends_bit_identical(tmp_path, monkeypatch, whole, stop):
@@ -392,7 +361,6 @@ def test_a_run_killed_at_any_step_and_resumed_ends_bit_identical(tmp_path, monke
 
     assert strip(lines(tmp_path)) == strip(lines(whole))
 
-
 def test_ctrl_c_saves_at_the_next_step_and_the_resumed_run_ends_bit_identical(
         tmp_path, monkeypatch, whole, capsys):
     calls = []
@@ -416,7 +384,6 @@ def test_ctrl_c_saves_at_the_next_step_and_the_resumed_run_ends_bit_identical(
     assert_identical(weights(tmp_path / "run/armada/0/last"), weights(whole / "last"))
     assert outcome(tmp_path / "run/armada/0") == outcome(whole)
 
-
 def test_a_process_killed_by_the_system_is_resumed_from_its_last_checkpoint(tmp_path, whole):
     """SIGKILL, which no handler sees, as soon as there is a checkpoint."""
     command = [sys.executable, str(ROOT / "train.py"), f"--out={tmp_path / 'run'}", "--arms=armada",
@@ -430,7 +397,6 @@ def test_a_process_killed_by_the_system_is_resumed_from_its_last_checkpoint(tmp_
     main(["--resume", str(tmp_path / "run")])
     assert_identical(weights(cell / "last"), weights(whole / "last"))
     assert outcome(cell) == outcome(whole)
-
 
 def test_replacing_a_folder_leaves_one_whole_folder_wherever_it_is_killed(tmp_path):
     folder = tmp_path / "last"
@@ -448,13 +414,11 @@ def test_replacing_a_folder_leaves_one_whole_folder_wherever_it_is_killed(tmp_pa
     training.replace_folder(folder, lambda new: (new / "a").write_text("2"))
     assert (folder / "a").read_text() == "2" and sorted(p.name for p in tmp_path.iterdir()) == ["last"]
 
-
 def test_a_finished_cell_is_read_and_not_trained_again(tmp_path, monkeypatch):
     config = Config(**QUICK, arms="armada", seeds="0", out=str(tmp_path / "run"))
     first = train(config)
     monkeypatch.setattr(training, "run", lambda cell: pytest.fail("trained again"))
     assert train(Config(resume=str(tmp_path / "run"))) == first
-
 
 def test_one_cell_of_a_grid_can_be_resumed_alone(tmp_path):
     train(Config(**QUICK, arms="undistilled,armada", seeds="0", out=str(tmp_path / "run")))
@@ -462,14 +426,12 @@ def test_one_cell_of_a_grid_can_be_resumed_alone(tmp_path):
     results = train(Config(resume=str(tmp_path / "run/undistilled/0")))
     assert list(results) == ["undistilled"] and (tmp_path / "run/undistilled/0/metrics.json").exists()
 
-
 # ---- the command line --------------------------------------------------------------------------------------
 def test_every_field_of_the_configuration_is_a_flag_with_a_sentence_of_help():
     for field in dataclasses.fields(Config):
         help = field.metadata["help"]
         assert help[0].isupper() and help.endswith(".") and len(help.split()) >= 4, field.name
     assert Config.__dataclass_fields__["loss"].metadata["choices"] == losses.KINDS
-
 
 def test_help_and_errors_of_flags_come_before_torch_is_imported(tmp_path):
     """A torch that refuses to be imported stands in the way."""
@@ -482,7 +444,6 @@ def test_help_and_errors_of_flags_come_before_torch_is_imported(tmp_path):
                        (["--micro-batch", "12", "--batch-size", "64"], "try 8")):
         answer = call(*args)
         assert answer.returncode == 2 and says in answer.stderr and answer.stderr.count("\n") == 1
-
 
 @pytest.mark.parametrize("flags, says", [
     ("--beta nan", "--beta nan must be a number at least 0"), ("--alpha 1.5", "at least 0 and at most 1"),
@@ -509,14 +470,12 @@ def test_bad_input_gets_one_line_and_exit_status_2(flags, says, tmp_path, offici
     error = capsys.readouterr().err
     assert stop.value.code == 2 and says in error and error.count("\n") == 1
 
-
 @pytest.mark.parametrize("content", ["{", '{"tasks": "rte"}'])
 def test_a_config_that_cannot_be_read_is_one_line(content, tmp_path, capsys):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(SystemExit) as stop:
         main(["--resume", str(tmp_path)])
     assert stop.value.code == 2 and "not one of this version" in capsys.readouterr().err
-
 
 def test_a_run_that_never_began_leaves_the_folder_free_and_can_be_resumed(tmp_path):
     out = str(tmp_path / "run")
@@ -526,7 +485,6 @@ def test_a_run_that_never_began_leaves_the_folder_free_and_can_be_resumed(tmp_pa
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/config.json").write_text((tmp_path / "run/config.json").read_text())  # then killed
     assert list(train(Config(resume=str(tmp_path / "begun")))) == ["undistilled"]
-
 
 def test_an_output_folder_that_holds_a_run_is_not_touched_and_a_resumed_run_keeps_its_flags(tmp_path, capsys):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()] + [
@@ -541,7 +499,6 @@ def test_an_output_folder_that_holds_a_run_is_not_touched_and_a_resumed_run_keep
         assert stop.value.code == 2 and says in capsys.readouterr().err
     main(["--resume", out, "--beta=20"])  # the same value may be typed again
     assert (tmp_path / "run/undistilled/0/metrics.json").read_text() == before
-
 
 def test_from_official_files_to_predictions_and_back_through_eval(official, tmp_path, capsys):
     """The whole command line on small RTE files: train, table, eval.py from the saved folder, AutoModel,
@@ -574,7 +531,6 @@ def test_from_official_files_to_predictions_and_back_through_eval(official, tmp_
     answers = student.predict([TASKS["rte"].pair(e) for e in load_task("rte", official)["dev"]])
     assert answers == [p["label"] for p in predictions]
 
-
 @pytest.mark.parametrize("family", ["opt", "llama", "deberta-v2"])
 def test_the_documented_command_trains_a_folder_in_place_of_the_short_name(
         family, official, model_folder, tmp_path):
@@ -587,7 +543,6 @@ def test_the_documented_command_trains_a_folder_in_place_of_the_short_name(
     assert {value.dtype for value in saved.values()} == {torch.float32}
     assert load_student(tmp_path / "run/armada/0/last").decoder == (family != "deberta-v2")
 
-
 @pytest.mark.parametrize("name", ["cola", "stsb", "mnli", "cb"])
 def test_other_kinds_of_task_run_through_the_same_loop(name, official, tmp_path):
     config = Config(task=name, data_dir=official, student="tiny", teacher="painter", epochs=1,
@@ -595,7 +550,6 @@ def test_other_kinds_of_task_run_through_the_same_loop(name, official, tmp_path)
     metrics = train(config)["armada"][0]
     assert set(metrics["dev"]) == set(TASKS[name].metrics)
     assert ("dev_mismatched" in metrics) == (name == "mnli")
-
 
 def test_the_bare_command_is_the_demonstration_and_a_named_task_one_cell():
     bare, named = resolve(Config()), resolve(Config(task="rte"))
