@@ -306,7 +306,7 @@ def plot(cells):
                         by_epoch.setdefault(line["epoch"], []).append(100 * line["dev"][task.metrics[0]])
             curves.plot(by_epoch.keys(), [np.mean(seen) for seen in by_epoch.values()], label=arm,
                         marker="osD^v<>PX*"[i % 10], linestyle=("-", "--", ":", "-.")[i % 4],
-                        color=str(0.7 * i / len(arms)))  # told apart in grey print too
+                        color=str(0.75 * i / len(arms)))  # told apart in grey print too
             mark(dots, i, values, "white" if first.get("control") else "black")
             if arm == "armada" or arm.startswith("dose-"):
                 rhos[float(first["teacher"].partition(":")[2] or 1)] = values
@@ -320,7 +320,7 @@ def plot(cells):
         dots.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
         dots.set(title=f"{task.name}: dots are seeds, hollow circles controls, bars 95 % intervals")
         curves.set(xlabel="epoch", title=f"{task.name}: mean over seeds")
-        curves.legend(fontsize="small")
+        curves.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         for name in [*figures][:3 if len(rhos) > 1 else 2]:
             figures[name].axes[0].set_ylabel(f"dev {task.metrics[0]} (%)")
             figures[name].savefig(run / f"{name}.png", dpi=150)
