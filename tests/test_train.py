@@ -503,12 +503,12 @@ def test_an_output_folder_that_holds_a_run_is_not_touched_and_a_resumed_run_keep
 def test_from_official_files_to_predictions_and_back_through_eval(official, tmp_path, capsys):
     """The whole command line on small RTE files: train, table, eval.py from the saved folder, AutoModel,
     one's own texts."""
-    out = str(tmp_path / "run")
+    out, arms = str(tmp_path / "run"), ("undistilled", "armada", "shuffled")
     main(["--task=RTE", "--data-dir", official, "--student=tiny", "--teacher=painter",
-          "--arms", ",".join(ARMS), "--seeds=0,1", "--epochs=1", "--batch-size=8", "--out", out])
+          "--arms", ",".join(arms), "--seeds=0,1", "--epochs=1", "--batch-size=8", "--out", out])
     trained = capsys.readouterr().out
     assert "mean ± standard deviation over seeds" in trained
-    for arm in ARMS:
+    for arm in arms:
         for seed in "01":
             names = {path.name for path in (tmp_path / "run" / arm / seed).iterdir()}
             assert names == {"config.json", "log.jsonl", "last", "best", "metrics.json",
@@ -521,12 +521,18 @@ def test_from_official_files_to_predictions_and_back_through_eval(official, tmp_
     labels = [TASKS["rte"].labels[e.label] for e in load_task("rte", official)["dev"]]
     assert metrics["dev"]["accuracy"] == pytest.approx(
         np.mean([p["label"] == y for p, y in zip(predictions, labels)]))
-    evaluation.main([out])
-
-    def rows(text):
-        return sorted(line for line in text.splitlines() if line.startswith(tuple(ARMS)) and "±" in line)
-
-    assert rows(capsys.readouterr().out) == rows(trained)
+    written = tmp_path / "run/armada/1/predictions_dev.jsonl"
+    before = written.read_text()
+    written.unlink()
+    evaluation.main([out, "--rescore"])
+    assert capsys.readouterr().out.strip() in trained and written.read_text() == before
+    right = {arm: [json.loads(line)["label"] == y for line, y in zip(
+        (tmp_path / f"run/{arm}/0/predictions_dev.jsonl").read_text().splitlines(), labels)] for arm in arms}
+    evaluation.main([f"{out}/armada/0/", f"{out}/undistilled/0"])  # two cells: example by example
+    (both, only_a, only_b, neither), p = evaluation.mcnemar(right["armada"], right["undistilled"])
+    said = capsys.readouterr().out
+    assert f"both right {both}," in said and f"both wrong {neither}; McNemar's exact p {p:.2g}" in said
+    assert f"{out}/armada/0 {only_a}, only {out}/undistilled/0 {only_b}," in said
     student = load_student(tmp_path / "run/armada/1/last")
     answers = student.predict([TASKS["rte"].pair(e) for e in load_task("rte", official)["dev"]])
     assert answers == [p["label"] for p in predictions]
