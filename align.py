@@ -62,9 +62,7 @@ class Householder(nn.Module):
 
 class TSAligner(nn.Module):
     """Teacher vectors (B, d_e) -> Outputs. It costs milliseconds, so it always runs in float32.
-
-    proj_dim d defaults to latent_dim; ValueError if d > d_e: at most d_e rows of length d_e are orthonormal.
-    """
+    proj_dim d defaults to latent_dim; ValueError if d > d_e: only d_e such rows are orthonormal."""
 
     def __init__(self, latent_dim, num_labels, hidden_dim=512, proj_dim=None, dropout=0.1):
         super().__init__()

@@ -9,6 +9,7 @@ Every field reaches the student and the teacher, word for word; the label reache
 
 Only the standard library is imported at the top: `train.py --help` and a mistyped task answer at once.
 """
+import argparse
 import difflib
 import json
 import os
@@ -26,6 +27,15 @@ CACHE = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "
 
 class UserError(ValueError):
     """What the person at the keyboard can mend: one line saying what was found and what to type instead."""
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and name the nearest flag."""
+
+    def error(self, message):
+        wrong = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
+        hint = f": did you mean {near[0]}?" if near else f" (see python {self.prog} --help)"
+        self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
 @dataclass(frozen=True)
 class Example:
@@ -166,10 +176,8 @@ FILES = {"jsonl": {"train": "train.jsonl", "dev": "val.jsonl", "test": "test.jso
 
 def load_task(name, data_dir=None, cache_dir=CACHE):
     """{"train": [Example], "dev": [...], "test": [...]} of a task from its official files in data_dir/FOLDER.
-
     Without data_dir the official archive is fetched into cache_dir. Test (and dev_mismatched) may be missing;
-    objects needs no files. Raises UserError naming file and line.
-    """
+    objects needs no files. Raises UserError naming file and line."""
     task = find_task(name)
     if task.name == "objects":
         return _objects()
@@ -275,10 +283,8 @@ def download(task, cache_dir):
 # ---- from examples to batches ------------------------------------------------------------------------------
 def encode(task, examples, tokenizer, max_length, decoder):
     """Tokenise once, before training: ([{"input_ids": [...], ...} per example], how many were shortened).
-
     A text over max_length tokens has its longest FIELD shortened before the template is filled. Cutting the
-    filled text instead would drop the hypothesis behind a long premise, or the question.
-    """
+    filled text instead would drop the hypothesis behind a long premise, or the question."""
     rows, shortened = [], 0
     # A decoder that is handed token_type_ids (GPT-2) adds them as if they were words.
     wanted = ("input_ids",) if decoder else ("input_ids", "token_type_ids")
@@ -317,9 +323,7 @@ def _shorten(task, example, tokenizer, max_length, decoder):
 
 def length_grouped_batches(lengths, batch_size, seed):
     """[[row, ...], ...]: every row once, similar lengths together, a short last batch kept, in random order.
-
-    Shuffle, sort within pools of 16 batches, shuffle the batches: little padding, and no two epochs alike.
-    """
+    Shuffle, sort within pools of 16 batches, shuffle the batches: little padding, and no two epochs alike."""
     rng, order, batches = random.Random(seed), list(range(len(lengths))), []
     rng.shuffle(order)
     for start in range(0, len(order), 16 * batch_size):

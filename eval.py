@@ -8,7 +8,6 @@
 The headline is the LAST epoch's dev score. The best epoch's stands beside it, marked "chosen on dev": the
 largest of many noisy scores is too good, the more so the more often one looks.
 """
-import argparse
 import json
 import math
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import UserError, encode, find_task, load_task
+from data import Parser, UserError, encode, find_task, load_task
 
 # ---- metrics -----------------------------------------------------------------------------------------------
 def _f1(predictions, labels, positive):
@@ -38,10 +37,8 @@ def _ranks(values):
 
 def compute_metrics(task_name, predictions, labels):
     """{metric: float} of a registered task, from N class ids (or scores) each.
-
     f1: class 1 for mrpc and qqp, the mean over the classes seen for cb. Undefined values are 0. Raises
-    ValueError on lists of unequal length.
-    """
+    ValueError on lists of unequal length."""
     task, p, y = find_task(task_name), np.asarray(predictions, float), np.asarray(labels, float)
     if p.shape != y.shape or p.ndim != 1 or not len(p):
         raise ValueError(f"predictions {p.shape} and labels {y.shape} must be two equal, non-empty lists")
@@ -51,7 +48,6 @@ def compute_metrics(task_name, predictions, labels):
                 "spearman": lambda: _correlation(_ranks(p), _ranks(y))}
     return {name: float(formulas[name]()) for name in task.metrics}
 
-# ---- a split, and what was answered ------------------------------------------------------------------------
 def score(task, examples, answers):
     """Metrics of a split; None where its labels are unknown (the official test sets)."""
     known = examples[0].label is not None
@@ -60,8 +56,7 @@ def score(task, examples, answers):
 def write_predictions(folder, split, task, examples, answers):
     """predictions_SPLIT: index<TAB>prediction for GLUE's server or {"idx", "label"} lines for SuperGLUE's."""
     names = [task.labels[int(answer)] if task.labels else f"{answer:.3f}" for answer in answers]
-    if task.name == "wsc":
-        names = [name.capitalize() for name in names]  # True, where WiC and BoolQ want true
+    names = [name.capitalize() for name in names] if task.name == "wsc" else names  # True; WiC's is true
     form = "jsonl" if ".jsonl:" in examples[0].where else "tsv"
     if form == "jsonl":
         lines = [json.dumps({"idx": example.idx, "label": int(name) if task.name == "copa" else name})
@@ -73,9 +68,7 @@ def write_predictions(folder, split, task, examples, answers):
 # ---- are the two spaces aligned? ---------------------------------------------------------------------------
 def retrieval_at_1(p_t, p_s):
     """How often a text's p_s is nearer (in cosine) to its own picture's p_t than to any other; chance 1 / N.
-
-    Arrays (N, d). Equal pictures share the point. It wants both spaces in the SAME coordinates.
-    """
+    Arrays (N, d). Equal pictures share the point. It wants both spaces in the SAME coordinates."""
     unit_t, unit_s = (p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-30)
                       for p in (p_t.astype(float), p_s.astype(float)))
     similar = unit_s @ unit_t.T                                   # (N, N), text by picture
@@ -84,10 +77,8 @@ def retrieval_at_1(p_t, p_s):
 
 def linear_cka(p_t, p_s):
     """|X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms, X, Y the centred arrays (N, d): 0 to 1, constant: 0.
-
     Are the same examples alike in both spaces? Rotation and scale do not matter (Kornblith et al. 2019).
-    Unless N is far above d, unrelated spaces score well above 0 too: compare arms.
-    """
+    Unless N is far above d, unrelated spaces score well above 0 too: compare arms."""
     x, y = (p - p.mean(axis=0, dtype=float) for p in (p_t, p_s))
     k, m = x @ x.T, y @ y.T                                       # (N, N); <k, m> = |X^T Y|^2
     scale = np.linalg.norm(k) * np.linalg.norm(m)
@@ -96,93 +87,99 @@ def linear_cka(p_t, p_s):
 # ---- statistics of n paired differences, one a seed --------------------------------------------------------
 def sign_flip_p(differences, draws=100_000):
     """Two-sided p of "no difference", under which a seed's two arms may be swapped: a coin for each sign.
-
-    Exact over all 2^n signs up to n = 16, else Monte Carlo. n seeds cannot go below 2 / 2^n: 5 give .0625.
-    """
+    Exact over all 2^n signs up to n = 16, else Monte Carlo. n seeds cannot go below 2 / 2^n: 5 give .0625."""
     d, n = np.asarray(differences, float), len(differences)
     signs = (1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1) if n <= 16
              else np.random.default_rng(0).choice([-1, 1], (draws, n)))
     extreme = abs(signs @ d) >= abs(d.sum()) - 1e-12  # or rounding loses ties, even the identity
     return float(extreme.mean() if n <= 16 else (1 + extreme.sum()) / (1 + draws))
 
-def bootstrap_interval(values, level=0.95, draws=10_000):
-    """(low, high) around the mean by the studentised bootstrap; None for fewer than 5 values.
-
-    The better-known percentile interval covers 88 % in place of 95 % at n = 7: resampled means vary too
-    little, by sqrt((n-1)/n), and know no t distribution. tests/test_eval.py measures both.
-    """
-    x, n = np.asarray(values, float), len(values)
-    again = np.random.default_rng(0).choice(x, (draws, n))
+def bootstrap_interval(values, draws=10_000):
+    """95 % (low, high) around the mean by the studentised bootstrap; None for fewer than 5 values.
+    The better-known percentile interval covers 88 % at n = 7 (tests/test_eval.py): resampled means vary too
+    little, by sqrt((n-1)/n), and know no t distribution. From few values it is a rough guide either way."""
+    if len(values) < 5:
+        return None
+    x = np.round(np.asarray(values, float), 9)  # so that equal differences are equal to the last bit
+    again = np.random.default_rng(0).choice(x, (draws, len(x)))
     again = again[np.ptp(again, axis=1) > 0]  # a resample of one value n times has no t
-    if n < 5 or not len(again):
-        return None if n < 5 else (float(x.mean()),) * 2
+    if not len(again):
+        return float(x.mean()), float(x.mean())
     t = (again.mean(axis=1) - x.mean()) / again.std(axis=1, ddof=1)
-    high, low = x.mean() - x.std(ddof=1) * np.quantile(t, [(1 - level) / 2, (1 + level) / 2])
+    high, low = x.mean() - x.std(ddof=1) * np.quantile(t, [0.025, 0.975])
     return float(low), float(high)
 
 def holm(ps):
     """Holm's adjusted p, in the order given: the k-th smallest of m times m - k + 1, never falling."""
-    order = np.argsort(ps, kind="stable")
-    steps = np.maximum.accumulate(np.asarray(ps)[order] * np.arange(len(ps), 0, -1))
-    adjusted = dict(zip(order.tolist(), np.minimum(steps, 1).tolist()))
-    return [adjusted[i] for i in range(len(ps))]
+    order, adjusted = np.argsort(ps), np.empty(len(ps))
+    adjusted[order] = np.maximum.accumulate(np.asarray(ps)[order] * np.arange(len(ps), 0, -1))
+    return np.minimum(adjusted, 1).tolist()
 
 def mcnemar(right_a, right_b):
     """((both, only a, only b, neither) right, exact p) of two students on the same examples.
-
-    Only examples that one of the two gets right count: were both equally good, each would be a fair coin.
-    """
+    Only examples that one of the two gets right count: were both equally good, each would be a fair coin."""
     a, b = np.asarray(right_a, bool), np.asarray(right_b, bool)
     both, only_a, only_b, neither = (int(x.sum()) for x in (a & b, a & ~b, b & ~a, ~a & ~b))
     n, less = only_a + only_b, min(only_a, only_b)
     return (both, only_a, only_b, neither), min(1.0, 2 * sum(math.comb(n, k) for k in range(less + 1)) / 2**n)
 
-def compare(scores, controls, level=0.05):
-    """Each arm against each control: {arm: {verdict, note, best_control, comparisons {control: ...}}}.
+def paired(a, b):
+    """The difference of two arms {seed: score} over the seeds that both have; None if there is none."""
+    d = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    return {"seeds": len(d), "difference": float(np.mean(d)), "interval": bootstrap_interval(d),
+            "p": sign_flip_p(d)} if d else None
 
-    scores {arm: {seed: score}}. Differences are paired by seed; Holm corrects for the number of controls, so
-    that identical arms get another verdict than NO DIFFERENCE with probability `level` at most. BEATS: above
-    EVERY control. WORSE: below the best one. A control is itself compared with "undistilled" only.
+def compare(scores, controls, level=0.05):
+    """Each arm against each control: {arm: {verdict, note, best_control, comparisons, to_armada}}.
+
+    scores {arm: {seed: score}}. BEATS: above EVERY control. WORSE: below the best one, found by looking: Holm
+    corrects over an arm's controls, so that an arm equal to them gets either verdict with probability `level`
+    at most. Nothing corrects over the arms of a table. A control is compared with "undistilled" only.
     """
     found = {}
     for arm, mine in scores.items():
-        rows = {}
-        for control in controls:
-            seeds = sorted(mine.keys() & scores[control].keys())
-            if seeds and control != arm and (arm not in controls or control == "undistilled"):
-                d = [mine[seed] - scores[control][seed] for seed in seeds]
-                rows[control] = {"seeds": len(seeds), "difference": float(np.mean(d)),
-                                 "interval": bootstrap_interval(d), "p": sign_flip_p(d)}
+        rows = {control: row for control in controls
+                if control != arm and (arm not in controls or control == "undistilled")
+                and (row := paired(mine, scores[control]))}
+        if not rows:
+            continue
         for row, p in zip(rows.values(), holm([row["p"] for row in rows.values()])):
             row["p_holm"] = p
             row["verdict"] = ("NO DIFFERENCE" if p > level else "BEATS" if row["difference"] > 0 else "WORSE")
-        if rows:
-            best, n = min(rows, key=lambda control: rows[control]["difference"]), min(
-                row["seeds"] for row in rows.values())
-            need = math.ceil(math.log2(2 * len(rows) / level))
-            found[arm] = {
-                "verdict": "BEATS" if all(row["verdict"] == "BEATS" for row in rows.values())
-                else "WORSE" if rows[best]["verdict"] == "WORSE" else "NO DIFFERENCE",
-                "note": f"{n} seeds cannot reach {100 * level:g} %, {need} can" if n < need else "",
-                "best_control": best, "comparisons": rows}
+        best = min(rows, key=lambda control: rows[control]["difference"])
+        every = all(row["verdict"] == "BEATS" for row in rows.values())
+        # n seeds have no p below 2 / 2^n, and Holm's last step multiplies the smallest by the controls.
+        n, need = min(row["seeds"] for row in rows.values()), math.ceil(math.log2(2 * len(rows) / level))
+        short = n < need and not every and rows[best]["verdict"] != "WORSE"
+        found[arm] = {
+            "verdict": "BEATS" if every else "WORSE" if rows[best]["verdict"] == "WORSE" else "NO DIFFERENCE",
+            "note": f"{n} seeds cannot reach {100 * level:g} %, {need} can" if short else "",
+            "best_control": best, "comparisons": rows,
+            "to_armada": paired(mine, {} if arm in (*controls, "armada") else scores.get("armada", {}))}
     return found
 
 # ---- runs --------------------------------------------------------------------------------------------------
 def find_cells(runs):
     """The ARM/SEED folders, finished or with a saved student, at or below the given ones, each once."""
     cells = {}
-    for run in map(Path, runs):
-        found = {path.parent for path in run.glob("**/metrics.json")}
-        found |= {path.parent.parent for path in run.glob("**/last/student.json")}
+    for run in runs:
+        found = {path.parent for path in Path(run).resolve().glob("**/metrics.json")}
+        found |= {path.parent.parent for path in Path(run).resolve().glob("**/last/student.json")}
+        found = sorted(cell for cell in found if cell.name.isdigit())
         if not found:
             raise UserError(f"{run} holds no saved run (ARM/SEED/): give a training's --out, or part of it")
-        cells |= dict.fromkeys(sorted(found))
+        cells |= dict.fromkeys(found)
     return list(cells)
 
 def read_cells(folders):
     """{folder: its metrics.json}; an unfinished cell has none."""
-    return {folder: json.loads((folder / "metrics.json").read_text()) for folder in folders
-            if (folder / "metrics.json").exists()}
+    cells = {}
+    for path in [folder / "metrics.json" for folder in folders if (folder / "metrics.json").exists()]:
+        try:
+            cells[path.parent] = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged: delete it and --resume the run") from None
+    return cells
 
 def evaluate_cell(cell, data_dir):
     """Score a cell's saved students again, write predictions_*; its metrics anew, and who is right on dev."""
@@ -253,28 +250,40 @@ def report(cells):
             controls += [arm] if any(metrics.get("control") for metrics in found) else []
         lines += [f"{task.name}: dev {metric} in %, mean ± standard deviation over seeds", *aligned(rows),
                   "* chosen on dev, so too good: compare arms by the last epoch"]
-        found, rows = compare(scores, controls), [("arm", "to undistilled", "to its best control", "verdict")]
-        for arm, answer in found.items():
-            each = {control: f"{100 * row['difference']:+.1f}" + (
-                " [{:+.1f}, {:+.1f}]".format(*100 * np.array(row["interval"])) if row["interval"] else "")
-                + f", p {row['p_holm']:.2g}" for control, row in answer["comparisons"].items()}
-            rows.append((arm, each.get("undistilled", "-"),
-                         f"{each[answer['best_control']]} ({answer['best_control']})", answer["verdict"]
-                         + (f" every control: {', '.join(each)}" if answer["verdict"] == "BEATS" else "")
-                         + (f" ({answer['note']})" if answer["note"] else "")))
-        if found:
-            lines += ["differences paired by seed, in points [95 % interval], p after Holm", *aligned(rows)]
-        arms = {arm: {"scores": by_seed, "interval": bootstrap_interval([*by_seed.values()]),
-                      **found.get(arm, {})} for arm, by_seed in scores.items() if by_seed}
-        (run / "comparison.json").write_text(
-            json.dumps({"task": task.name, "metric": metric, "arms": arms}, indent=1))
+        lines += verdicts(compared := compare(scores, controls))
+        if {folder for seeds in arms.values() for folder, _ in seeds.values()} >= {
+                path.parent for path in run.glob("*/*/metrics.json")}:  # not for a part of a run
+            write = {arm: {"scores": by_seed, "interval": bootstrap_interval([*by_seed.values()]),
+                           **compared.get(arm, {})} for arm, by_seed in scores.items() if by_seed}
+            (run / "comparison.json").write_text(
+                json.dumps({"task": task.name, "metric": metric, "arms": write}, indent=1))
     return "\n".join(lines)
+
+def verdicts(compared):
+    """The lines on compare()'s answer, an arm each."""
+    def words(row, p="p_holm"):
+        interval = row["interval"] and " [{:+.1f}, {:+.1f}]".format(*100 * np.array(row["interval"]))
+        return f"{100 * row['difference']:+.1f}{interval or ''}, p {row[p]:.2g}"
+
+    rows = [("arm", "to undistilled", "to its best control", "to armada", "verdict")]
+    for arm, answer in compared.items():
+        best, each, beside = answer["best_control"], answer["comparisons"], answer["to_armada"]
+        more = f" every control: {', '.join(each)}" if answer["verdict"] == "BEATS" else ""
+        more += f" ({answer['note']})" if answer["note"] else ""
+        rows.append((arm, words(each["undistilled"]) if "undistilled" in each else "-",
+                     f"{words(each[best])} ({best})", words(beside, "p") if beside else "-",
+                     answer["verdict"] + more))
+    if not compared:
+        return ["no verdict without a control: train with --arms undistilled,armada,shuffled --seeds 0,1 ..."]
+    return ["differences paired by seed, in points [95 % interval], p after Holm (to armada: as it is)",
+            *aligned(rows)]
 
 def agreement(a, b, results):
     """The text on two cells, from evaluate_cell's results: on how many dev examples which one is right."""
     (first, right_a), (second, right_b) = results
     if first["task"] != second["task"] or not find_task(first["task"]).labels:
         raise UserError(f"{a} and {b}: example by example, give two cells of one classification task")
+    a, b = ("/".join(cell.parts[-3:]) for cell in (a, b))
     (both, only_a, only_b, neither), p = mcnemar(right_a, right_b)
     return (f"{first['task']}, {len(right_a)} dev examples: both right {both}, only {a} {only_a}, "
             f"only {b} {only_b}, both wrong {neither}; McNemar's exact p {p:.2g}")
@@ -308,27 +317,27 @@ def plot(cells):
                         marker="osD^v<>PX*"[i % 10], linestyle=("-", "--", ":", "-.")[i % 4],
                         color=str(0.75 * i / len(arms)))  # told apart in grey print too
             mark(dots, i, values, "white" if first.get("control") else "black")
-            if arm == "armada" or arm.startswith("dose-"):
-                rhos[float(first["teacher"].partition(":")[2] or 1)] = values
+            kind, _, rho = first.get("teacher", "").partition(":")
+            if kind == "painter" and (arm == "armada" or arm.startswith("dose-")):
+                rhos[float(rho or 1)] = values
             elif arm == "undistilled":
                 doses.axhline(np.mean(values), color="0.4", linestyle="--", label=arm)
                 doses.legend()
         for rho in rhos:
             mark(doses, rho, rhos[rho], "black")
         doses.plot(sorted(rhos), [np.mean(rhos[rho]) for rho in sorted(rhos)], color="black")
-        doses.set(xlabel="dose of the picture, RHO in painter:RHO", title=f"{task.name}: dots are seeds")
+        doses.set_xlabel("dose of the picture, RHO in painter:RHO (dots are seeds, bars 95 % intervals)")
         dots.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
-        dots.set(title=f"{task.name}: dots are seeds, hollow circles controls, bars 95 % intervals")
-        curves.set(xlabel="epoch", title=f"{task.name}: mean over seeds")
+        dots.set_title("dots are seeds, hollow circles controls, bars 95 % intervals of the mean")
+        curves.set_xlabel("epoch (mean over seeds)")
         curves.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         for name in [*figures][:3 if len(rhos) > 1 else 2]:
-            figures[name].axes[0].set_ylabel(f"dev {task.metrics[0]} (%)")
+            figures[name].axes[0].set_ylabel(f"{task.name}, dev {task.metrics[0]} (%)")
             figures[name].savefig(run / f"{name}.png", dpi=150)
             print(f"wrote {run / name}.png")
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="eval.py", allow_abbrev=False, description="Compare arms, or two students example by example.")
+    parser = Parser(prog="eval.py", allow_abbrev=False, description="Compare arms, or two students.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder that a training wrote, or part of it; "
                         "two ARM/SEED folders are compared example by example.")
     parser.add_argument("--plot", action="store_true", help="Draw curves, arms and doses into RUN.")
@@ -337,7 +346,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         folders, results = find_cells(args.runs), {}
-        pair = len(args.runs) == 2 and folders == [Path(run) for run in args.runs]
+        pair = len(args.runs) == 2 and folders == [Path(run).resolve() for run in args.runs]  # are cells
         cells = {} if pair or args.rescore else read_cells(folders)
         for folder in [folder for folder in folders if folder not in cells]:
             print(f"scoring {folder}", file=sys.stderr)

@@ -121,10 +121,8 @@ class Student(nn.Module):
 
     def predict(self, texts):
         """Label names (scores for a regression) for a person's own texts, a list in their order.
-
         texts: a list of strings, or of (text_a, text_b) pairs for a two-text task on an encoder. A decoder
-        wants the one prompt that it was trained on, TASKS[...].prompt(example).
-        """
+        wants the one prompt that it was trained on, TASKS[...].prompt(example)."""
         if isinstance(texts, str):
             raise UserError("predict wants a list of texts: predict([text])")
         pairs = [(text,) if isinstance(text, str) else text for text in texts]
@@ -143,9 +141,7 @@ class Student(nn.Module):
 
 def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
     """A Student from a short name (SHORT_NAMES), hub id or folder; "tiny" makes its vocabulary from `texts`.
-
-    settings: dropout, orthogonal, labels (names for predict) and max_length, as in Student.
-    """
+    settings: dropout, orthogonal, labels (names for predict) and max_length, as in Student."""
     lm, tokenizer = _tiny(texts) if name_or_path == "tiny" else load_pretrained(name_or_path)
     return Student(lm, tokenizer, num_labels, proj_dim, **settings)
 
@@ -185,9 +181,7 @@ def _tiny(texts):
 @functools.cache
 def check_available(name):
     """from_pretrained arguments for a short name, hub id or folder; UserError in seconds, before any weight.
-
-    Left alone, transformers retries an unreachable hub for half a minute; we ask once, for the config.
-    """
+    Left alone, transformers retries an unreachable hub for half a minute; we ask once, for the config."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"{name} holds no config.json: give a folder that save_pretrained wrote")
@@ -208,14 +202,11 @@ def check_available(name):
         if isinstance(hub.try_to_load_from_cache(repo, "config.json"), str):
             return how | {"local_files_only": True}
         raise UserError(f"could not fetch {repo} from the hub ({' '.join(str(error).split())[:100]}): {hint}"
-                        f"connect, or run `hf download {repo}` elsewhere and give the folder "
-                        "instead of the name") from None
+                        f"connect, or give the folder that `hf download {repo}` made elsewhere") from None
 
 def load_pretrained(name, model_class=transformers.AutoModel):
     """(model, tokenizer) from a short name, hub id or folder; float32 whatever the checkpoint's dtype.
-
-    OPT's is float16, in which an update of lr times gradient rounds to nothing, and which GradScaler refuses.
-    """
+    OPT's is float16, in which lr times gradient rounds to nothing, and which GradScaler refuses."""
     how = check_available(name)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(

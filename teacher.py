@@ -7,7 +7,6 @@
 A teacher of your own is a class with these three names and one line in TEACHERS. A vector depends on its text
 alone, never on its neighbours in a list, so each is made once and kept.
 """
-import argparse
 import hashlib
 import re
 import sqlite3
@@ -18,12 +17,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import OBJECTS, UserError, known
+from data import OBJECTS, Parser, UserError, known
 
 class Teacher:
     """The interface: name (with all that changes a vector: it is the cache's key), dim, encode(texts)."""
 
     costly = True  # dearer than a look-up in the cache
+    picture = None  # picture(text) -> uint8 (H, W, 3), of a teacher whose pictures can be looked at
 
     def vectors(self, split, texts, limit):
         """The first `limit` vectors of a split; only a folder of ready-made rows needs to know which."""
@@ -32,10 +32,6 @@ class Teacher:
     def too_long(self, texts):
         """How many of the texts the teacher does not read to their end."""
         return 0
-
-    def picture(self, text):
-        """The picture of a text to look at, uint8 (H, W, 3), where there is one."""
-        raise UserError(f"{self.name} has no picture to show: try --teacher painter")
 
 class Painter(Teacher):
     """A procedural text-to-picture function: a text's objects, side by side, 4 x 16 x 16 = 1024 numbers.
@@ -219,13 +215,14 @@ def _finite(teacher, vectors, split, texts):
     return vectors
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="teacher.py", allow_abbrev=False,
-                                     description="Look at what a teacher makes of a text.")
+    parser = Parser(prog="teacher.py", allow_abbrev=False, description="Look at what a teacher makes.")
     parser.add_argument("--show", required=True, metavar="TEXT", help="Text to draw.")
     parser.add_argument("--teacher", default="painter", help="A teacher with pictures (painter by default).")
     parser.add_argument("--out", default="picture.png", help="File to write (picture.png by default).")
     args = parser.parse_args(argv)
     try:
+        if check_spec(args.teacher)[0].picture is None:  # before anything is loaded
+            raise UserError(f"{args.teacher} has no picture to show: try --teacher painter")
         pixels = build_teacher(args.teacher).picture(args.show)
         from PIL import Image
 

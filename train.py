@@ -10,8 +10,8 @@ a seed all arms share initial weights, data order and dropout, so that their dif
 """
 import argparse
 import dataclasses
-import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -25,26 +25,27 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from data import CACHE, UserError, collate, encode, find_task, known, length_grouped_batches, load_task
+from data import (CACHE, Parser, UserError, collate, encode, find_task, known, length_grouped_batches,
+                  load_task)
 
 # ---- configuration: every field is a flag ------------------------------------------------------------------
 def option(default, help, **limits):
     """A Config field: default, --help sentence, limits low, high (inclusive), above (exclusive), choices."""
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
-# An arm is one line of overrides. A claim is "armada beats its best control".
+# An arm is one line of overrides. A claim is "armada beats every control, the best one included".
 # DEVIATION: the authors compare with one baseline, without the auxiliary head; here are four controls.
 ARMS = {
-    # Controls: no teacher, or the wrong one; metrics.json says so to eval.py.
-    "undistilled": {"alpha": 0.0, "beta": 0.0, "gamma": 0.0},  # the student alone
-    "undistilled-aux": {"alpha": 0.0, "beta": 0.0},            # with its auxiliary head, as in the method
+    # Controls: no teacher, or the wrong one. Their weights and pairing make them so: see finish().
+    "undistilled": {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "output_weight": None},  # the student alone
+    "undistilled-aux": {"alpha": 0.0, "beta": 0.0, "output_weight": None},  # with its auxiliary head
     "shuffled": {"pairing": "shuffled"},                       # the method with other texts' pictures
     "noise": {"pairing": "noise"},                             # with noise of the pictures' mean and variance
     "armada": {},                                              # the method
     # Ablations: the teacher's own vectors, and one part of the method less or otherwise.
     "random-aligner": {"aligner_lr": 0.0},                     # never trained
     "no-output": {"output_weight": 0.0},                       # no soft labels; the rest of L_S as it was
-    "alpha-0": {"alpha": 0.0},                                 # the paper's: no soft labels, full true labels
+    "alpha-0": {"alpha": 0.0, "output_weight": None},          # the paper's: no soft labels, full true labels
     "no-manifold": {"beta": 0.0},
     "no-aux": {"gamma": 0.0},
     "euclidean": {"loss": "euclidean"},
@@ -101,8 +102,7 @@ class Config:
             try:
                 setattr(self, name, value and tuple(kind(item) for item in value))
             except ValueError:
-                raise UserError(f"--{name} {','.join(map(str, value))}: "
-                                "give whole numbers, as in 0,1,2") from None
+                raise UserError(f"--{name} {','.join(map(str, value))}: give whole numbers, as 0,1,2") from None
 
 FALLBACK = {"student": "bert-base", "teacher": "clip", "beta": 1.0, "epochs": 10, "lr": 2e-5, "eval_every": 1}
 
@@ -119,8 +119,9 @@ def resolve(config):
                 "seeds": tuple(range(7)) if bare else (0,)}
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = replace(config, **missing, task=task.name)
-    for field in dataclasses.fields(config):
-        value, limits, flag = getattr(config, field.name), field.metadata, "--" + field.name.replace("_", "-")
+    arms = [replace(config, **ARMS[known(arm, ARMS, "arm")]) for arm in config.arms]
+    for case, field in itertools.product((config, *arms), dataclasses.fields(config)):
+        value, limits, flag = getattr(case, field.name), field.metadata, "--" + field.name.replace("_", "-")
         if "choices" in limits:
             known(value, limits["choices"], flag)
         elif field.type in (int, float) and value is not None:
@@ -129,8 +130,6 @@ def resolve(config):
                 ends = f"above {above}" if above is not None else f"at least {low}"
                 raise UserError(f"{flag} {value} must be a number {ends}"
                                 + (f" and at most {high}" if high < math.inf else ""))
-    for arm in config.arms:
-        known(arm, ARMS, "arm")
     for flag, items in (("--arms", config.arms), ("--seeds", config.seeds)):
         if len(set(items)) != len(items) or not items or (flag == "--seeds" and min(items) < 0):
             raise UserError(f"{flag} {','.join(map(str, items))}: name each once, seeds from 0")
@@ -143,20 +142,12 @@ def resolve(config):
     check_spec(config.teacher)
     return config
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and name the nearest flag."""
-
-    def error(self, message):
-        wrong = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        near = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
-        fail(message + (f": did you mean {near[0]}?" if near else f" (see python {self.prog} --help)"))
-
 def parse(argv=None):
     """The flags that were typed, and only those, as a dict: a resumed run is compared with nothing else."""
     parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                     description="ARMADA: distil a picture-making teacher into a text-only language model.")
     for field in dataclasses.fields(Config):
-        help, choices = field.metadata["help"].replace("%", "%%"), field.metadata.get("choices")
+        help, choices = field.metadata["help"].replace("%", "%%"), field.metadata.get("choices", ())
         help += f" Default {field.default}." if field.default not in (None, False) else ""
         help += f" One of {', '.join(choices)}." if choices else ""
         kind = {"action": "store_true"} if field.type is bool else {
@@ -447,8 +438,7 @@ class Cell:
 
     @torch.inference_mode()
     def evaluate_aligner(self, first=1000):
-        """{"aligner": its own dev metrics, what can be read off the teacher's vectors; "spaces": how well
-        p_s meets p_t on the first dev texts}; both None without an aligner."""
+        """Its own scores on the dev split's true vectors, and how well p_s meets p_t on the first texts."""
         if self.aligner is None:
             return {"aligner": None, "spaces": None}
         logits, _, p_t = self.aligner.eval()(self.vectors["dev"].to(self.device))
@@ -564,9 +554,7 @@ def finish(cell):
 # ---- the grid and the command line -------------------------------------------------------------------------
 def train(config):
     """Train every arm with every seed -> {arm: {seed: metrics}}. A finished cell is read, not trained again.
-
-    Raises UserError for whatever the caller can mend, before a model is loaded wherever that is possible.
-    """
+    Raises UserError for whatever the caller can mend, before a model is loaded wherever that is possible."""
     config = resolve(resume_config(config.resume, {}) if config.resume and not config.out else config)
     out = Path(config.out)
     if not config.resume and any(out.glob("*/*/log.jsonl")):
@@ -576,9 +564,8 @@ def train(config):
     if todo:
         if config.student != "tiny":
             check_available(config.student)
-        print(f"{config.task}: student {config.student}, teacher {config.teacher}, "
-              f"arms {', '.join(config.arms)}, seeds {', '.join(map(str, config.seeds))}, "
-              f"{precision(config)[-1]}, writing {out}", flush=True)
+        print(f"{config.task}: student {config.student}, teacher {config.teacher}, {precision(config)[-1]}, "
+              f"arms {','.join(config.arms)}, seeds {config.seeds}, writing {out}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
         if not config.resume:  # first, so that --resume can start what never began
             write_json(out / "config.json", vars(config))

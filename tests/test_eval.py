@@ -218,14 +218,22 @@ def test_only_seeds_that_both_arms_have_are_paired():
     del scores["armada"][3], scores["undistilled"][5]
     assert compare(scores, ["undistilled"])["armada"]["comparisons"]["undistilled"]["seeds"] == 6
 
-@pytest.mark.parametrize("seeds, controls", [(7, 2), (10, 4), (17, 1)])
-def test_identical_arms_get_a_verdict_in_at_most_5_percent(seeds, controls, monkeypatch):
-    """Type-I error of the whole procedure, best control, Holm and all: 200 comparisons of identical arms."""
+def verdicts_on_identical_arms(seeds, controls, monkeypatch):
+    """The share of 200 comparisons of identical arms that get a verdict."""
     monkeypatch.setattr(evaluation, "bootstrap_interval", lambda values: None)  # no part of the verdict
     names = [f"c{i}" for i in range(controls)]
-    wrong = sum(compare(arms_of(seeds, seed=seed, armada=0, **dict.fromkeys(names, 0)),
-                        names)["armada"]["verdict"] != "NO DIFFERENCE" for seed in range(200))
-    assert wrong / 200 <= 0.07
+    return np.mean([compare(arms_of(seeds, seed=seed, armada=0, **dict.fromkeys(names, 0)),
+                            names)["armada"]["verdict"] != "NO DIFFERENCE" for seed in range(200)])
+
+@pytest.mark.parametrize("seeds, controls", [(7, 2), (10, 4), (17, 1)])
+def test_identical_arms_get_a_verdict_in_at_most_5_percent(seeds, controls, monkeypatch):
+    """Type-I error of the whole procedure, the best control and Holm included."""
+    assert verdicts_on_identical_arms(seeds, controls, monkeypatch) <= 0.07
+
+def test_without_holm_the_best_of_eight_controls_would_be_found_better_far_too_often(monkeypatch):
+    assert verdicts_on_identical_arms(10, 8, monkeypatch) <= 0.07
+    monkeypatch.setattr(evaluation, "holm", lambda ps: ps)
+    assert verdicts_on_identical_arms(10, 8, monkeypatch) > 0.1
 
 # ---- a run on disk -----------------------------------------------------------------------------------------
 @pytest.fixture
@@ -269,6 +277,41 @@ def test_a_cell_that_was_stopped_on_its_way_stands_in_the_table_but_is_not_compa
     assert first.split()[1] == "7"
     saved = json.loads((finished / "comparison.json").read_text())["arms"]["armada"]
     assert "3" not in saved["scores"] and saved["comparisons"]["undistilled"]["seeds"] == 6
+
+def test_a_part_of_a_run_is_printed_and_leaves_the_whole_runs_comparison_alone(finished, monkeypatch, capsys):
+    evaluation.main([str(finished)])
+    before = (finished / "comparison.json").read_text()
+    monkeypatch.chdir(finished / "armada/3")
+    evaluation.main(["."])
+    assert "no verdict without a control" in capsys.readouterr().out
+    assert (finished / "comparison.json").read_text() == before
+
+def test_an_ablation_is_also_compared_with_armada():
+    scores = arms_of(undistilled=0, armada=0.1, no_aux=0.2)
+    found = compare(scores, ["undistilled"])
+    assert found["no-aux"]["to_armada"]["difference"] == pytest.approx(0.1, abs=0.02)
+    assert found["armada"]["to_armada"] is None
+
+@pytest.mark.parametrize("flags, says", [
+    (["--plott"], "did you mean --plot?"), (["--data-dir"], "expected one")])
+def test_a_mistyped_flag_is_one_line(flags, says, finished, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(finished), *flags])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and says in err and err.count("\n") == 1
+
+def test_a_damaged_metrics_file_is_named(finished, capsys):
+    (finished / "armada/3/metrics.json").write_text("{")
+    with pytest.raises(SystemExit):
+        evaluation.main([str(finished)])
+    assert "armada/3/metrics.json is damaged: delete it" in capsys.readouterr().err
+
+def test_a_teacher_without_doses_has_no_dose_figure(finished, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is optional: pip install matplotlib")
+    for path in finished.glob("*/*/metrics.json"):
+        path.write_text(path.read_text().replace('"painter', '"vectors:painter'))
+    evaluation.main([str(finished), "--plot"])
+    assert capsys.readouterr().out.count("wrote") == 2
 
 def test_plots_are_png_files_beside_the_run(finished, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is optional: pip install matplotlib")

@@ -121,7 +121,7 @@ def test_noise_has_the_vectors_moments_and_belongs_to_its_example(tmp_path):
 
 def test_every_arm_is_one_line_of_overrides_and_controls_are_those_without_the_teachers_vectors(tmp_path):
     fields = {field.name for field in dataclasses.fields(Config)}
-    assert all(overrides.keys() <= fields and len(overrides) <= 3 for overrides in ARMS.values())
+    assert all(overrides.keys() <= fields and len(overrides) <= 4 for overrides in ARMS.values())
     config = Config(task="objects", arms=tuple(ARMS), epochs=1, limit=40, out=str(tmp_path / "run"))
     found = train(config)
     assert [arm for arm in ARMS if found[arm][0]["control"]] == [
@@ -131,6 +131,19 @@ def test_every_arm_is_one_line_of_overrides_and_controls_are_those_without_the_t
         assert (spaces is None) == arm.startswith("undistilled")
         assert spaces is None or (0 <= spaces["retrieval@1"] <= 1 and 0 <= spaces["cka"] <= 1)
     assert found["dose-0.25"][0]["teacher"] == "painter:0.25" and found["armada"][0]["teacher"] == "painter"
+
+def test_controls_and_alpha_0_stay_without_soft_labels_whatever_the_flags(tmp_path):
+    found = train(Config(**{**QUICK, "arms": ("undistilled", "undistilled-aux", "alpha-0"), "beta": 0.0},
+                         output_weight=0.5, out=str(tmp_path / "run")))
+    assert all(seeds[0]["control"] and seeds[0]["aligner"] is None for seeds in found.values())
+
+def test_an_arm_whose_overrides_are_out_of_range_stops_before_anything_is_trained(monkeypatch):
+    monkeypatch.setitem(ARMS, "mine", {"beta": -5})
+    with pytest.raises(UserError, match="--beta -5 must be"):
+        resolve(Config(arms=("armada", "mine")))
+    monkeypatch.setitem(ARMS, "mine", {"pairing": "within"})
+    with pytest.raises(UserError, match="unknown --pairing 'within'"):
+        resolve(Config(arms=("armada", "mine")))
 
 def test_a_dose_is_read_from_its_own_painter():
     data = Data(resolve(Config(**{**QUICK, "arms": ("undistilled", "armada", "dose-0.25")})))
@@ -450,7 +463,7 @@ def test_help_and_errors_of_flags_come_before_torch_is_imported(tmp_path):
     ("--temperature 0", "above 0"), ("--lr 0", "--lr 0.0 must be a number above 0"),
     ("--epochs 0", "--epochs 0 must be"), ("--epochs two", "invalid int value"),
     ("--arms armda", "did you mean armada?"), ("--arms armada,armada", "name each once"),
-    ("--seeds 0,x", "give whole numbers, as in 0,1,2"), ("--seeds -1", "seeds from 0"),
+    ("--seeds 0,x", "give whole numbers, as 0,1,2"), ("--seeds -1", "seeds from 0"),
     ("--loss cosin", "did you mean cosine?"), ("--teacher paintr", "did you mean painter?"),
     ("--device gpu", "choose auto, cpu"), ("--device cuda:77", "torch sees"),
     ("--teacher painter:7", "dose RHO from 0"), ("--amp fp32", "known: auto, off, bf16, fp16"),
@@ -532,7 +545,7 @@ def test_from_official_files_to_predictions_and_back_through_eval(official, tmp_
     (both, only_a, only_b, neither), p = evaluation.mcnemar(right["armada"], right["undistilled"])
     said = capsys.readouterr().out
     assert f"both right {both}," in said and f"both wrong {neither}; McNemar's exact p {p:.2g}" in said
-    assert f"{out}/armada/0 {only_a}, only {out}/undistilled/0 {only_b}," in said
+    assert f"only run/armada/0 {only_a}, only run/undistilled/0 {only_b}," in said
     student = load_student(tmp_path / "run/armada/1/last")
     answers = student.predict([TASKS["rte"].pair(e) for e in load_task("rte", official)["dev"]])
     assert answers == [p["label"] for p in predictions]
