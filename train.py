@@ -102,7 +102,7 @@ class Config:
             try:
                 setattr(self, name, value and tuple(kind(item) for item in value))
             except ValueError:
-                raise UserError(f"--{name} {','.join(map(str, value))}: give whole numbers, as 0,1,2") from None
+                raise UserError(f"--{name} {','.join(map(str, value))}: give whole numbers: 0,1,2") from None
 
 FALLBACK = {"student": "bert-base", "teacher": "clip", "beta": 1.0, "epochs": 10, "lr": 2e-5, "eval_every": 1}
 

@@ -67,18 +67,23 @@ def test_every_step_has_a_seed_of_its_own():
 def test_arms_of_one_seed_share_initial_weights_data_order_and_dropout(tmp_path, monkeypatch):
     """So that their differences are paired. The dropout is seen in the first student step, before any update:
     all arms must report the same main logits."""
-    first = {}
-    monkeypatch.setattr(training, "student_loss", lambda out, *rest, **kw: (
-        first.setdefault("out", []).append(out.logits.detach().clone())
-        or losses.student_loss(out, *rest, **kw)))
-    seen = {}
+    class FirstStudentStep(Exception):
+        pass
+
+    def stop(out, *args, **kwargs):
+        raise FirstStudentStep(out.logits.detach())
+
+    monkeypatch.setattr(training, "student_loss", stop)
+    config, seen = resolve(Config(**{**QUICK, "arms": tuple(ARMS), "seeds": (0,)})), {}
+    data = Data(config)
     for arm in ARMS:
-        cell = cell_of(tmp_path / arm, arm, epochs=1)
+        (tmp_path / arm).mkdir()
+        cell = Cell(dataclasses.replace(config, arms=(arm,), **ARMS[arm]), data, tmp_path / arm)
         start = {name: value.clone() for name, value in cell.student.state_dict().items()}
         order = [rows for _, role, _, rows in cell.schedule() if role == "student"]
-        first.clear()
-        run(cell)
-        seen[arm] = (start, order, first["out"][0])
+        with pytest.raises(FirstStudentStep) as step:
+            run(cell)
+        seen[arm] = (start, order, step.value.args[0])
     start, order, logits = seen["armada"]
     for arm in ARMS:
         assert_identical(start, seen[arm][0])
@@ -463,7 +468,7 @@ def test_help_and_errors_of_flags_come_before_torch_is_imported(tmp_path):
     ("--temperature 0", "above 0"), ("--lr 0", "--lr 0.0 must be a number above 0"),
     ("--epochs 0", "--epochs 0 must be"), ("--epochs two", "invalid int value"),
     ("--arms armda", "did you mean armada?"), ("--arms armada,armada", "name each once"),
-    ("--seeds 0,x", "give whole numbers, as 0,1,2"), ("--seeds -1", "seeds from 0"),
+    ("--seeds 0,x", "give whole numbers: 0,1,2"), ("--seeds -1", "seeds from 0"),
     ("--loss cosin", "did you mean cosine?"), ("--teacher paintr", "did you mean painter?"),
     ("--device gpu", "choose auto, cpu"), ("--device cuda:77", "torch sees"),
     ("--teacher painter:7", "dose RHO from 0"), ("--amp fp32", "known: auto, off, bf16, fp16"),
