@@ -147,15 +147,16 @@ def compare(scores, controls, level=0.05):
             row["p_holm"] = p
             row["verdict"] = ("NO DIFFERENCE" if p > level else "BEATS" if row["difference"] > 0 else "WORSE")
         best = min(rows, key=lambda control: rows[control]["difference"])
-        every = all(row["verdict"] == "BEATS" for row in rows.values())
-        # n seeds have no p below 2 / 2^n, and Holm's last step multiplies the smallest by the controls.
+        verdict = rows[best]["verdict"]
+        if verdict == "BEATS" and any(row["verdict"] != "BEATS" for row in rows.values()):
+            verdict = "NO DIFFERENCE"
+        # n seeds have no p below 2 / 2^n, which Holm multiplies by the number of controls.
         n, need = min(row["seeds"] for row in rows.values()), math.ceil(math.log2(2 * len(rows) / level))
-        short = n < need and not every and rows[best]["verdict"] != "WORSE"
-        found[arm] = {
-            "verdict": "BEATS" if every else "WORSE" if rows[best]["verdict"] == "WORSE" else "NO DIFFERENCE",
-            "note": f"{n} seeds cannot reach {100 * level:g} %, {need} can" if short else "",
-            "best_control": best, "comparisons": rows,
-            "to_armada": paired(mine, {} if arm in (*controls, "armada") else scores.get("armada", {}))}
+        short = verdict == "NO DIFFERENCE" and n < need
+        found[arm] = {"verdict": verdict, "best_control": best, "comparisons": rows, "to_armada": None,
+                      "note": f"{n} seeds cannot reach {100 * level:g} %, {need} can" if short else ""}
+        if arm not in controls and arm != "armada" and "armada" in scores:
+            found[arm]["to_armada"] = paired(mine, scores["armada"])
     return found
 
 # ---- runs --------------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def evaluate_cell(cell, data_dir):
     def answers(folder, split):
         student = load_student(cell / folder).to(device)
         rows, _ = encode(task, splits[split], student.tokenizer, config["max_length"], student.decoder)
-        return student.answers(rows)
+        return student.answers(rows)[0]
 
     for split in [split for split in splits if split != "train"]:
         found = answers("last", split)

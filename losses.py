@@ -85,12 +85,12 @@ def aligner_loss(aligner_out, labels, gamma):
     return task_loss(aligner_out.logits, labels) + gamma * task_loss(aligner_out.aux_logits, labels)
 
 def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind,
-                 output_weight=None):
+                 output_factor=1.0):
     """L_S = (1 - alpha) L_task + alpha L_output + beta L_manifold.
 
     student_out, aligner_out: Outputs(logits (B, C), aux_logits (B, C), proj (B, d)). The aligner's are
     detached, a student does not teach its teacher; aligner_out=None is "no teacher", whose two terms are 0.
-    output_weight is the weight of L_output where it is not to be alpha: 0 drops that term and no other.
+    output_factor multiplies the second term: 0 drops the soft labels and leaves the true ones at 1 - alpha.
     Returns (total, parts): parts maps task, output, manifold to 0-dim tensors, before their weights.
     """
     o_s, a_s, p_s = student_out
@@ -100,8 +100,7 @@ def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temper
         o_t, a_t, p_t = (x.detach() for x in aligner_out)
         output = output_loss(o_t, o_s, temperature) + gamma * output_loss(a_t, a_s, temperature)
         manifold = manifold_loss(p_t, p_s, kind)
-    weight = alpha if output_weight is None else output_weight
-    total = (1 - alpha) * task + weight * output + beta * manifold
+    total = (1 - alpha) * task + alpha * output_factor * output + beta * manifold
     return total, {"task": task, "output": output, "manifold": manifold}
 
 def predictions(logits):

@@ -99,9 +99,10 @@ class Student(nn.Module):
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
 
     @torch.inference_mode()
-    def outputs(self, rows, batch_size=64, autocast=nullcontext):
-        """Yields (positions in rows, their Outputs), batch by batch: texts of similar length share one."""
-        training, device = self.training, self.heads["classifier"].weight.device
+    def answers(self, rows, batch_size=64, autocast=nullcontext, keep=0):
+        """For encoded rows: class ids (or scores), a list in their order, and p_s (d,) of the first `keep`.
+        Texts of similar length share a batch."""
+        training, device, found, p_s = self.training, self.heads["classifier"].weight.device, {}, {}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         self.eval()
         for start in range(0, len(order), batch_size):
@@ -109,15 +110,10 @@ class Student(nn.Module):
             batch = collate([rows[i] for i in chosen], self.tokenizer.pad_token_id)
             with autocast():
                 out = self(**{key: value.to(device) for key, value in batch.items()})
-            yield chosen, out
-        self.train(training)
-
-    def answers(self, rows, batch_size=64, autocast=nullcontext):
-        """Class ids (or scores) for encoded rows, a list in their order."""
-        found = {}
-        for chosen, out in self.outputs(rows, batch_size, autocast):
             found.update(zip(chosen, predictions(out.logits).tolist()))
-        return [found[i] for i in range(len(rows))]
+            p_s.update((i, p) for i, p in zip(chosen, out.proj.float().cpu()) if i < keep)
+        self.train(training)
+        return [found[i] for i in range(len(rows))], [p_s[i] for i in range(len(p_s))]
 
     def predict(self, texts):
         """Label names (scores for a regression) for a person's own texts, a list in their order.
@@ -128,7 +124,7 @@ class Student(nn.Module):
         pairs = [(text,) if isinstance(text, str) else text for text in texts]
         labels, longest = self.settings["labels"], self.settings["max_length"]
         cut = dict(truncation=True, max_length=longest, return_token_type_ids=not self.decoder)
-        answers = self.answers([dict(self.tokenizer(*pair, **cut)) for pair in pairs])
+        answers, _ = self.answers([dict(self.tokenizer(*pair, **cut)) for pair in pairs])
         return [labels[answer] for answer in answers] if labels else answers
 
     def save(self, folder):

@@ -7,11 +7,12 @@
 Each epoch trains the TS Aligner over the data once, then the student once, pulled towards the aligner as it
 stands. A run is a grid: OUT/ARM/SEED/{config.json, log.jsonl, last/, best/, metrics.json, predictions_*}. In
 a seed all arms share initial weights, data order and dropout, so that their differences are paired.
+
+The method is ARMS, update() and run(), a page each; the rest serves them and can wait.
 """
 import argparse
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -36,16 +37,16 @@ def option(default, help, **limits):
 # An arm is one line of overrides. A claim is "armada beats every control, the best one included".
 # DEVIATION: the authors compare with one baseline, without the auxiliary head; here are four controls.
 ARMS = {
-    # Controls: no teacher, or the wrong one. Their weights and pairing make them so: see finish().
-    "undistilled": {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "output_weight": None},  # the student alone
-    "undistilled-aux": {"alpha": 0.0, "beta": 0.0, "output_weight": None},  # with its auxiliary head
+    # Controls: no teacher, or the wrong one (finish() tells them by their weights and pairing).
+    "undistilled": {"alpha": 0.0, "beta": 0.0, "gamma": 0.0},  # the student alone
+    "undistilled-aux": {"alpha": 0.0, "beta": 0.0},            # with its auxiliary head, as in the method
     "shuffled": {"pairing": "shuffled"},                       # the method with other texts' pictures
     "noise": {"pairing": "noise"},                             # with noise of the pictures' mean and variance
     "armada": {},                                              # the method
     # Ablations: the teacher's own vectors, and one part of the method less or otherwise.
     "random-aligner": {"aligner_lr": 0.0},                     # never trained
-    "no-output": {"output_weight": 0.0},                       # no soft labels; the rest of L_S as it was
-    "alpha-0": {"alpha": 0.0, "output_weight": None},          # the paper's: no soft labels, full true labels
+    "no-output": {"output_factor": 0.0},                       # no soft labels; the rest of L_S as it was
+    "alpha-0": {"alpha": 0.0},                                 # the paper's: no soft labels, full true labels
     "no-manifold": {"beta": 0.0},
     "no-aux": {"gamma": 0.0},
     "euclidean": {"loss": "euclidean"},
@@ -59,8 +60,8 @@ class Config:
     """One run; argparse is built from these fields. None means "it depends" and is filled in by resolve()."""
 
     task: str = option(None, "Task to learn: objects (built in) or an understanding task such as rte.")
-    student: str = option(None, "Short name, hub id, folder or tiny; bert-base by default (objects: tiny).")
-    teacher: str = option(None, "Teacher painter[:RHO], clip[:MODEL] (default) or vectors:FOLDER.")
+    student: str = option(None, "Short name such as opt-1.3b, hub id, local folder, or tiny.")
+    teacher: str = option(None, "One of painter[:RHO], clip[:MODEL] and vectors:FOLDER.")
     arms: tuple = option(None, f"Arms, with commas ({', '.join(ARMS)}); armada by default, but undistilled, "
                                "armada and shuffled when no task is named.")
     seeds: tuple = option(None, "Seeds, with commas; 0 by default, but 0 to 6 when no task is named.")
@@ -72,27 +73,27 @@ class Config:
     loss: str = option("manifold", "Manifold loss: of batch means (euclidean, cosine) or of each example.",
                        choices=("euclidean", "cosine", "manifold"))
     alpha: float = option(0.5, "Weight of the soft labels against the true ones.", low=0, high=1)
-    beta: float = option(None, "Weight of the manifold loss; 1 by default (objects: 20).", low=0)
+    beta: float = option(None, "Weight of the manifold loss.", low=0)
     gamma: float = option(1.0, "Weight of the auxiliary heads in the task and output losses.", low=0)
     temperature: float = option(5.0, "Temperature T of the soft labels.", above=0)
-    output_weight: float = option(None, "Weight of the soft labels, where it is not to be alpha.", low=0)
+    output_factor: float = option(1.0, "Factor of alpha's soft-label term alone; 0 drops it.", low=0)
     pairing: str = option("own", "Whose vector a training text gets: its own, another's (shuffled) or noise.",
                           choices=("own", "shuffled", "noise"))
     proj_dim: int = option(None, "Width of the shared projection space; the teacher's own by default.", low=1)
     orthogonal_student: bool = option(False, "Make the student's projection orthogonal too.")
-    epochs: int = option(None, "Passes over the data; 10 by default (objects: 40).", low=1)
+    epochs: int = option(None, "Passes over the training data.", low=1)
     batch_size: int = option(32, "Examples per optimizer step.", low=1)
     micro_batch: int = option(None, "Examples in memory at once, a divisor of --batch-size; or all.", low=1)
     max_length: int = option(128, "Tokens per text; a longer one has its longest field shortened.", low=4)
-    lr: float = option(None, "The student's peak learning rate; 2e-5 by default (objects: 4e-3).", above=0)
+    lr: float = option(None, "The student's peak learning rate.", above=0)
     aligner_lr: float = option(1e-3, "The aligner's peak learning rate; 0 leaves it untrained.", low=0)
     device: str = option("auto", "Where to train: auto, cpu, cuda, cuda:N or mps.")
     amp: str = option("auto", "Mixed precision; auto: off on the CPU, bf16 where the GPU has it, else fp16.",
                       choices=("auto", "off", "bf16", "fp16"))
     grad_checkpoint: str = option("auto", "Recompute activations to save memory; auto: on CUDA beyond 300 M "
                                           "parameters.", choices=("auto", "on", "off"))
-    limit: int = option(None, "Keep only the first N training examples.", low=1)
-    eval_every: int = option(None, "Epochs between evaluations; 1 by default (objects: 10).", low=1)
+    limit: int = option(None, "Keep only the first N training examples.", low=2)
+    eval_every: int = option(None, "Epochs between evaluations, each with a checkpoint.", low=1)
 
     def __post_init__(self):
         self.task = self.task and self.task.lower()
@@ -106,22 +107,12 @@ class Config:
 
 FALLBACK = {"student": "bert-base", "teacher": "clip", "beta": 1.0, "epochs": 10, "lr": 2e-5, "eval_every": 1}
 
-def resolve(config):
-    """A copy with every default filled in and every value checked; UserError before any load or fetch."""
+def check(config):
+    """UserError names the first field whose value is out of its limits and says what they are."""
     from teacher import check_spec
 
-    bare, task, n = config.task is None, find_task(config.task or "objects"), 2
-    out = free = f"runs/{task.name}"
-    while os.path.exists(free):  # a second run never touches the first
-        free, n = f"{out}-{n}", n + 1
-    defaults = {**FALLBACK, **task.defaults, "micro_batch": config.batch_size, "out": free,
-                "arms": ("undistilled", "armada", "shuffled") if bare else ("armada",),
-                "seeds": tuple(range(7)) if bare else (0,)}
-    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = replace(config, **missing, task=task.name)
-    arms = [replace(config, **ARMS[known(arm, ARMS, "arm")]) for arm in config.arms]
-    for case, field in itertools.product((config, *arms), dataclasses.fields(config)):
-        value, limits, flag = getattr(case, field.name), field.metadata, "--" + field.name.replace("_", "-")
+    for field in dataclasses.fields(config):
+        value, limits, flag = getattr(config, field.name), field.metadata, "--" + field.name.replace("_", "-")
         if "choices" in limits:
             known(value, limits["choices"], flag)
         elif field.type in (int, float) and value is not None:
@@ -130,6 +121,23 @@ def resolve(config):
                 ends = f"above {above}" if above is not None else f"at least {low}"
                 raise UserError(f"{flag} {value} must be a number {ends}"
                                 + (f" and at most {high}" if high < math.inf else ""))
+    check_spec(config.teacher)
+
+def resolve(config):
+    """A copy with every default filled in and every value checked; UserError before any load or fetch."""
+    task, bare = find_task(config.task or "objects"), config.task is None
+    out, n = f"runs/{task.name}", 1
+    while os.path.exists(out):  # a second run never touches the first
+        n += 1
+        out = f"runs/{task.name}-{n}"
+    defaults = {**FALLBACK, **task.defaults, "micro_batch": config.batch_size, "out": out,
+                "arms": ("undistilled", "armada", "shuffled") if bare else ("armada",),
+                "seeds": tuple(range(7)) if bare else (0,)}
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = replace(config, **missing, task=task.name)
+    check(config)
+    for arm in config.arms:
+        check(replace(config, **ARMS[known(arm, ARMS, "arm")]))
     for flag, items in (("--arms", config.arms), ("--seeds", config.seeds)):
         if len(set(items)) != len(items) or not items or (flag == "--seeds" and min(items) < 0):
             raise UserError(f"{flag} {','.join(map(str, items))}: name each once, seeds from 0")
@@ -139,7 +147,6 @@ def resolve(config):
                         f"try {max(fits)}")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
         raise UserError(f"--device {config.device}: choose auto, cpu, cuda, cuda:N or mps")
-    check_spec(config.teacher)
     return config
 
 def parse(argv=None):
@@ -148,8 +155,10 @@ def parse(argv=None):
                     description="ARMADA: distil a picture-making teacher into a text-only language model.")
     for field in dataclasses.fields(Config):
         help, choices = field.metadata["help"].replace("%", "%%"), field.metadata.get("choices", ())
-        help += f" Default {field.default}." if field.default not in (None, False) else ""
+        usual, ours = FALLBACK.get(field.name, field.default), find_task("objects").defaults.get(field.name)
         help += f" One of {', '.join(choices)}." if choices else ""
+        help += f" Default: {usual}." if usual not in (None, False) else ""
+        help += f" For objects: {ours}." if ours else ""
         kind = {"action": "store_true"} if field.type is bool else {
             "type": str if field.type is tuple else field.type, "metavar": field.name.upper()}
         parser.add_argument("--" + field.name.replace("_", "-"), help=help, **kind)
@@ -299,20 +308,22 @@ class Data:
     """Examples, teacher vectors (of each teacher an arm looks at) and token ids, once for all cells."""
 
     def __init__(self, config):
-        self.task, self.splits = (find_task(config.task),
-                                  load_task(config.task, config.data_dir, config.cache_dir))
-        self.rows, self.vectors, arms = {}, {}, [replace(config, **ARMS[arm]) for arm in config.arms]
+        self.task = find_task(config.task)
+        self.splits = load_task(config.task, config.data_dir, config.cache_dir)
+        self.rows, self.vectors = {}, {}  # token ids by split; teacher vectors by teacher and split
         texts = {split: [self.task.prompt(example) for example in self.splits[split]]
                  for split in ("train", "dev")}
+        arms = [replace(config, **ARMS[arm]) for arm in config.arms]
+        wanted = dict.fromkeys(arm.teacher for arm in arms if is_distilled(arm))
         # --teacher itself first: its width is that of the projection, which an undistilled arm has too.
-        for spec in dict.fromkeys([config.teacher, *(arm.teacher for arm in arms if is_distilled(arm))]):
+        for spec in {config.teacher: None, **wanted}:
             teacher, found = build_teacher(spec), {}
             if spec == config.teacher:
                 self.dim = teacher.dim
             if (config.proj_dim or self.dim) > teacher.dim:
                 raise UserError(f"--proj-dim {config.proj_dim or self.dim} is more than the {teacher.dim} of "
-                                f"{spec}: an orthogonal projection cannot widen")
-            if any(arm.teacher == spec and is_distilled(arm) for arm in arms):
+                                f"{spec}: give --proj-dim {teacher.dim} or less")
+            if spec in wanted:
                 for split in texts:  # training texts beyond --limit are not paid for
                     limit = config.limit if split == "train" else None
                     found[split] = teacher_vectors(teacher, split, texts[split], config.cache_dir, limit)
@@ -349,7 +360,7 @@ class Data:
 
 def is_distilled(config):
     """Whether a configuration looks at the teacher at all."""
-    return any((config.beta, config.alpha if config.output_weight is None else config.output_weight))
+    return bool(config.beta or config.alpha * config.output_factor)
 
 # ---- one cell of the grid: an arm with a seed --------------------------------------------------------------
 class Cell:
@@ -358,7 +369,9 @@ class Cell:
     def __init__(self, config, data, folder):
         self.config, self.data, self.folder, self.seed = config, data, folder, config.seeds[0]
         self.done, self.best, self.seconds = 0, None, 0.0
-        self.device, self.autocast, self.scaler, _ = precision(config)
+        self.device, self.autocast, scaler, _ = precision(config)
+        # The aligner is float32 whatever the student is, so its gradients are never scaled.
+        self.scalers = {"aligner": torch.amp.GradScaler(self.device.type, enabled=False), "student": scaler}
         labels, proj_dim, last = max(1, len(data.task.labels)), config.proj_dim or data.dim, folder / "last"
         recover_folder(folder / "best")
         saved = recover_folder(last) and (last / "training.json").exists()
@@ -371,8 +384,10 @@ class Cell:
         if {"on": True, "off": False, "auto": large}[config.grad_checkpoint]:
             self.student.checkpoint_gradients()
         torch.manual_seed(seed_of(self.seed, "aligner"))
-        self.vectors = data.vectors[config.teacher] if is_distilled(config) else None
-        self.aligner = self.vectors and TSAligner(self.vectors["dev"].size(1), labels, proj_dim=proj_dim)
+        self.aligner = self.vectors = None
+        if is_distilled(config):
+            self.vectors, self.lookup = data.vectors[config.teacher], data.lookup(config, self.seed)
+            self.aligner = TSAligner(self.vectors["dev"].size(1), labels, proj_dim=proj_dim)
         self.models = {"aligner": self.aligner, "student": self.student}  # in the order of an epoch
         self.models = {role: model.to(self.device) for role, model in self.models.items() if model}
         if data.task.kind == "regress" and not saved:  # a relu starting below 0 stays there: one seed in ten
@@ -411,15 +426,16 @@ class Cell:
                           new / f"{role}_optimizer.safetensors")
             write_json(new / "training.json", {
                 "done": self.done, "best": self.best, "seconds": self.seconds,
-                "scaler": self.scaler.state_dict(), "log": os.path.getsize(self.folder / "log.jsonl")})
+                "log": os.path.getsize(self.folder / "log.jsonl"),
+                "scaler": self.scalers["student"].state_dict()})
         replace_folder(self.folder / "last", write)
 
     def load(self, last):
         """The reverse of save(). Log lines after the checkpoint are cut off: they will be written again."""
         state = json.loads((last / "training.json").read_text())
         self.done, self.best, self.seconds = state["done"], state["best"], state["seconds"]
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+        if self.scalers["student"].is_enabled():
+            self.scalers["student"].load_state_dict(state["scaler"])
         os.truncate(self.folder / "log.jsonl", state["log"])
         if self.aligner:
             self.aligner.load_state_dict(load_file(last / "aligner.safetensors"))
@@ -431,23 +447,19 @@ class Cell:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
     def evaluate(self, split="dev"):
-        """(metrics, predictions) of the student on a split; metrics are None where the labels are unknown."""
+        """(metrics, predictions, p_s of the first texts) of a split; metrics are None for unknown labels."""
         size = 2 * self.config.micro_batch  # no activations are kept for a backward pass
-        answers = self.student.answers(self.data.rows[split], size, self.autocast)
-        return evaluation.score(self.data.task, self.data.splits[split], answers), answers
+        answers, p_s = self.student.answers(self.data.rows[split], size, self.autocast, keep=1000)
+        return evaluation.score(self.data.task, self.data.splits[split], answers), answers, p_s
 
     @torch.inference_mode()
-    def evaluate_aligner(self, first=1000):
-        """Its own scores on the dev split's true vectors, and how well p_s meets p_t on the first texts."""
+    def evaluate_aligner(self, p_s):
+        """The aligner's own scores on the dev split's true vectors, and how well p_s meets its p_t."""
         if self.aligner is None:
             return {"aligner": None, "spaces": None}
         logits, _, p_t = self.aligner.eval()(self.vectors["dev"].to(self.device))
-        p_t, rows = p_t[:first].cpu(), self.data.rows["dev"][:first]
-        p_s = torch.empty_like(p_t)
-        for chosen, out in self.student.outputs(rows, 2 * self.config.micro_batch, self.autocast):
-            p_s[chosen] = out.proj.float().cpu()
-        p_t, p_s = p_t.numpy(), p_s.numpy()
         scores = evaluation.score(self.data.task, self.data.splits["dev"], predictions(logits).tolist())
+        p_t, p_s = p_t[:len(p_s)].cpu().numpy(), torch.stack(p_s).numpy()
         return {"aligner": scores, "spaces": {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s),
                                               "cka": evaluation.linear_cka(p_t, p_s)}}
 
@@ -455,15 +467,44 @@ class Cell:
         with open(self.folder / "log.jsonl", "a") as file:
             print(json.dumps(line), file=file)
 
-def run(cell):
-    """Train one cell from where it stands to the end. This is the method, top to bottom."""
+def update(cell, epoch, role, step, rows):
+    """One optimizer step of the aligner or the student on a batch; {name: 0-dim tensor} for the log."""
     config, data, device, aligner = cell.config, cell.data, cell.device, cell.aligner
+    model, optimizer, scaler = cell.models[role].train(), cell.optimizers[role], cell.scalers[role]
+    values = {}
+    for micro in range(0, len(rows), config.micro_batch):
+        part = rows[micro:micro + config.micro_batch]
+        torch.manual_seed(seed_of(cell.seed, role, epoch, step, micro))
+        y = to_device(data.labels[part], device)                       # (B,)
+        e = to_device(cell.lookup(part), device) if aligner else None  # (B, d_e)
+        if role == "aligner":
+            loss, parts = aligner_loss(model(e), y, config.gamma), {}
+        else:
+            x = collate([data.rows["train"][i] for i in part], model.tokenizer.pad_token_id)
+            with torch.no_grad():  # the aligner is frozen here: eval mode, no graph, float32
+                target = aligner.eval()(e) if aligner else None
+            with cell.autocast():
+                out = model(**{key: to_device(value, device) for key, value in x.items()})
+            loss, parts = student_loss(
+                out, target, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma, kind=config.loss,
+                temperature=config.temperature, output_factor=config.output_factor)
+        share = len(part) / len(rows)  # of the batch: exact for a short last micro-batch too
+        scaler.scale(loss * share).backward()
+        for name, value in {**parts, "loss": loss}.items():
+            values[name] = values.get(name, 0) + share * value.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return {**values, "grad_norm": norm}
+
+def run(cell):
+    """Train one cell from where it stands to the end: the aligner's epoch, the student's epoch, and again."""
+    config, data, waiting, began = cell.config, cell.data, [], time.perf_counter() - cell.seconds
     steps = math.ceil(len(data.labels) / config.batch_size)  # an epoch's, for each role
-    lookup, waiting = aligner and data.lookup(config, cell.seed), []
-    began = time.perf_counter() - cell.seconds
-    unscaled = torch.amp.GradScaler(device.type, enabled=False)  # the aligner is float32
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if cell.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(cell.device)
     bar = tqdm(total=steps * config.epochs * len(cell.models), initial=cell.done, leave=False, disable=None,
                desc=f"{config.arms[0]} seed {cell.seed}")
     with interruptible() as pressed, bar:
@@ -471,53 +512,25 @@ def run(cell):
         for count, (epoch, role, step, rows) in enumerate(cell.schedule(), 1):
             if count <= cell.done:
                 continue  # resumed: walk past what is done. Each step seeds itself: skipping changes nothing.
-            model, optimizer, values = cell.models[role].train(), cell.optimizers[role], {}
-            scaler = cell.scaler if role == "student" else unscaled
             lr = cell.rates[role] * lr_factor(epoch * steps + step, config.epochs * steps)
-            optimizer.param_groups[0]["lr"] = lr
-            for micro in range(0, len(rows), config.micro_batch):
-                part = rows[micro:micro + config.micro_batch]
-                torch.manual_seed(seed_of(cell.seed, role, epoch, step, micro))
-                y = to_device(data.labels[part], device)                                         # (B,)
-                e = to_device(lookup(part), device) if aligner else None  # (B, d_e)
-                if role == "aligner":
-                    loss, parts = aligner_loss(model(e), y, config.gamma), {}
-                else:
-                    x = collate([data.rows["train"][i] for i in part], model.tokenizer.pad_token_id)
-                    with torch.no_grad():  # the aligner is frozen here: eval mode, no graph, float32
-                        target = aligner.eval()(e) if aligner else None
-                    with cell.autocast():
-                        out = model(**{key: to_device(value, device) for key, value in x.items()})
-                    loss, parts = student_loss(
-                        out, target, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma,
-                        temperature=config.temperature, kind=config.loss,
-                        output_weight=config.output_weight)
-                share = len(part) / len(rows)  # of the batch: exact for a short last micro-batch too
-                scaler.scale(loss * share).backward()
-                for name, value in {**parts, "loss": loss}.items():
-                    values[name] = values.get(name, 0) + share * value.detach()
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            tokens = sum(len(data.rows["train"][i]["input_ids"]) for i in rows)
-            waiting.append(({**values, "grad_norm": norm},
-                            {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
-                             "tokens": tokens}))
+            cell.optimizers[role].param_groups[0]["lr"] = lr
+            values = update(cell, epoch, role, step, rows)
+            waiting.append((values, {
+                "step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
+                "tokens": sum(len(data.rows["train"][i]["input_ids"]) for i in rows)}))
             cell.done, cell.seconds = count, time.perf_counter() - began
             end, stop = step + 1 == steps, bool(pressed)
             bar.update()
             if end or stop or (step + 1) % 50 == 0:
-                line = read_log(waiting, time.perf_counter() - read_at, scaler)
+                line = read_log(waiting, time.perf_counter() - read_at, cell.scalers[role])
                 cell.log(line)
                 bar.set_postfix({name: f"{line[name]:.3g}" for name in (*values, "tokens_per_second")})
                 waiting, read_at = [], time.perf_counter()
             due = (end and role == "student"
                    and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs))
             if due:
-                scores, _ = cell.evaluate()
-                cell.log({"epoch": epoch + 1, "dev": scores, **cell.evaluate_aligner()})
+                scores, _, p_s = cell.evaluate()
+                cell.log({"epoch": epoch + 1, "dev": scores, **cell.evaluate_aligner(p_s)})
                 headline = data.task.metrics[0]
                 if cell.best is None or scores[headline] > cell.best["dev"][headline]:
                     cell.best = {"epoch": epoch + 1, "dev": scores}
@@ -527,25 +540,25 @@ def run(cell):
                 read_at = time.perf_counter()  # evaluation and files are not the next steps' time
             if stop:
                 raise KeyboardInterrupt
-    return finish(cell)
+    finish(cell)
 
 def finish(cell):
     """Finish the cell: score the last epoch's student on all splits, write predictions_* and metrics.json."""
-    config, data, lines = cell.config, cell.data, (cell.folder / "log.jsonl").read_text().splitlines()
-    norms = [(line["grad_norm"], line["steps"]) for line in map(json.loads, lines)
-             if line.get("role") == "student"]
+    config, data = cell.config, cell.data
+    lines = [json.loads(line) for line in (cell.folder / "log.jsonl").read_text().splitlines()]
+    norms = [(line["grad_norm"], line["steps"]) for line in lines if line.get("role") == "student"]
     # On the CPU the process's high-water mark; Linux counts it in KiB, macOS in bytes.
     peak = (torch.cuda.max_memory_allocated(cell.device) if cell.device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     metrics = {
         "task": data.task.name, "student": config.student, "teacher": config.teacher, "arm": config.arms[0],
         "seed": cell.seed, "control": not is_distilled(config) or config.pairing != "own",
-        "best": cell.best, **cell.evaluate_aligner(),
+        "best": cell.best, **{name: lines[-1][name] for name in ("aligner", "spaces")},  # the last evaluation
         "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
         "parameters": sum(p.numel() for p in cell.student.parameters()), "seconds": round(cell.seconds, 1),
         "peak_memory_mib": peak >> 20}
     for split in [split for split in data.splits if split != "train"]:
-        metrics[split], answers = cell.evaluate(split)
+        metrics[split], answers, _ = cell.evaluate(split)
         evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
     write_json(cell.folder / "metrics.json", metrics)
     for path in [*(cell.folder / "last").glob("*optimizer.safetensors"), cell.folder / "last/training.json"]:

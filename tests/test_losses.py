@@ -173,16 +173,17 @@ def test_student_loss_is_the_weighted_sum_of_its_parts_which_are_reported_before
     torch.testing.assert_close(parts, {"task": task, "output": output, "manifold": manifold})
     torch.testing.assert_close(total, 0.7 * task + 0.3 * output + 7.0 * manifold)
 
-def test_an_output_weight_of_its_own_drops_the_soft_labels_and_nothing_else():
+def test_output_factor_0_drops_the_soft_labels_and_nothing_else():
     """The arm `no-output`. It is (1 - alpha) times `alpha-0` with beta / (1 - alpha), and AdamW does not see
     a constant factor, except through the clip: no-output is alpha-0 with a larger beta."""
     s, t, y = outputs(), outputs(), torch.tensor([0, 2, 1, 1, 0])
     common = dict(gamma=0.2, temperature=5.0, kind="manifold")
-    total, parts = student_loss(s, t, y, alpha=0.3, beta=7.0, output_weight=0.0, **common)
+    total, parts = student_loss(s, t, y, alpha=0.3, beta=7.0, output_factor=0.0, **common)
     torch.testing.assert_close(total, 0.7 * parts["task"] + 7.0 * parts["manifold"])
     torch.testing.assert_close(total, 0.7 * student_loss(s, t, y, alpha=0.0, beta=10.0, **common)[0])
-    assert student_loss(s, t, y, alpha=0.3, beta=7.0, output_weight=0.3, **common)[0] == student_loss(
-        s, t, y, alpha=0.3, beta=7.0, **common)[0]
+    whole, half = (student_loss(s, t, y, alpha=0.3, beta=7.0, output_factor=x, **common)[0] for x in (1, 0.5))
+    torch.testing.assert_close(whole, student_loss(s, t, y, alpha=0.3, beta=7.0, **common)[0])
+    torch.testing.assert_close(half, (total + whole) / 2)  # linear in between
 
 def test_no_gradient_reaches_the_teachers_side():
     s, t = outputs(), outputs()

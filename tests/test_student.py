@@ -106,10 +106,12 @@ def test_dropout_hits_both_heads_but_not_the_projection(model_folder):
 
 def test_answers_come_without_dropout_in_order_and_leave_the_mode_alone(student):
     rows = [dict(student.tokenizer(text)) for text in TEXTS]
-    expected = student.eval()(**batch_of(student, TEXTS)).logits.argmax(-1).tolist()
+    expected = student.eval()(**batch_of(student, TEXTS))
     student.train()
     student.drop.p = 0.9
-    assert student.answers(rows, batch_size=3) == expected and student.training
+    answers, p_s = student.answers(rows, batch_size=3, keep=2)
+    assert answers == expected.logits.argmax(-1).tolist() and student.training
+    torch.testing.assert_close(torch.stack(p_s), expected.proj[:2])
 
 def test_predict_names_the_label_of_each_text_in_order_whatever_the_batch_size(student):
     student.settings["labels"] = ["no", "maybe", "yes"]

@@ -126,11 +126,13 @@ def test_noise_has_the_vectors_moments_and_belongs_to_its_example(tmp_path):
 
 def test_every_arm_is_one_line_of_overrides_and_controls_are_those_without_the_teachers_vectors(tmp_path):
     fields = {field.name for field in dataclasses.fields(Config)}
-    assert all(overrides.keys() <= fields and len(overrides) <= 4 for overrides in ARMS.values())
+    assert all(overrides.keys() <= fields and len(overrides) <= 3 for overrides in ARMS.values())
     config = Config(task="objects", arms=tuple(ARMS), epochs=1, limit=40, out=str(tmp_path / "run"))
     found = train(config)
-    assert [arm for arm in ARMS if found[arm][0]["control"]] == [
-        "undistilled", "undistilled-aux", "shuffled", "noise"]
+    controls = {arm for arm in ARMS if found[arm][0]["control"]}
+    assert {"undistilled", "undistilled-aux", "shuffled", "noise"} <= controls  # yours may be more
+    assert not controls & {"armada", "random-aligner", "no-output", "alpha-0", "no-manifold", "no-aux",
+                           "euclidean", "cosine", "dose-0", "dose-0.75"}
     for arm in ARMS:
         spaces = found[arm][0]["spaces"]
         assert (spaces is None) == arm.startswith("undistilled")
@@ -139,7 +141,7 @@ def test_every_arm_is_one_line_of_overrides_and_controls_are_those_without_the_t
 
 def test_controls_and_alpha_0_stay_without_soft_labels_whatever_the_flags(tmp_path):
     found = train(Config(**{**QUICK, "arms": ("undistilled", "undistilled-aux", "alpha-0"), "beta": 0.0},
-                         output_weight=0.5, out=str(tmp_path / "run")))
+                         output_factor=0.5, out=str(tmp_path / "run")))
     assert all(seeds[0]["control"] and seeds[0]["aligner"] is None for seeds in found.values())
 
 def test_an_arm_whose_overrides_are_out_of_range_stops_before_anything_is_trained(monkeypatch):
@@ -241,10 +243,10 @@ def test_every_flag_of_the_losses_reaches_them(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "aligner_loss",
                         lambda out, y, gamma: seen.append(gamma) or losses.aligner_loss(out, y, gamma))
     cell = cell_of(tmp_path, epochs=1, alpha=0.3, beta=7.0, gamma=0.2, temperature=3.0, loss="cosine",
-                   proj_dim=50, orthogonal_student=True, grad_checkpoint="on", output_weight=0.1)
+                   proj_dim=50, orthogonal_student=True, grad_checkpoint="on", output_factor=0.1)
     run(cell)
     assert seen[0] == 0.2 and seen[-1] == dict(alpha=0.3, beta=7.0, gamma=0.2, temperature=3.0, kind="cosine",
-                                               output_weight=0.1)
+                                               output_factor=0.1)
     assert cell.student.lm.is_activation_checkpointing or cell.student.lm.is_gradient_checkpointing
     assert isinstance(cell.student.heads["projection"], Householder) and cell.aligner.projection.out_dim == 50
 
