@@ -152,9 +152,9 @@ def compare(scores, controls, level=0.05):
             verdict = "NO DIFFERENCE"
         # n seeds have no p below 2 / 2^n, which Holm multiplies by the number of controls.
         n, need = min(row["seeds"] for row in rows.values()), math.ceil(math.log2(2 * len(rows) / level))
-        short = verdict == "NO DIFFERENCE" and n < need
+        note = f"{n} seed{'s' * (n > 1)} cannot reach {100 * level:g} %, {need} can"
         found[arm] = {"verdict": verdict, "best_control": best, "comparisons": rows, "to_armada": None,
-                      "note": f"{n} seeds cannot reach {100 * level:g} %, {need} can" if short else ""}
+                      "note": note if verdict == "NO DIFFERENCE" and n < need else ""}
         if arm not in controls and arm != "armada" and "armada" in scores:
             found[arm]["to_armada"] = paired(mine, scores["armada"])
     return found

@@ -70,6 +70,7 @@ def tune():
 
 if __name__ == "__main__":
     try:
-        {"pictures": pictures, "losses": losses, "majority": majority, "tune": tune}[sys.argv[1]](*sys.argv[2:])
+        commands = {command.__name__: command for command in (pictures, losses, majority, tune)}
+        commands[sys.argv[1]](*sys.argv[2:])
     except (IndexError, KeyError, TypeError, OSError):
         sys.exit(__doc__)

@@ -213,6 +213,13 @@ def test_too_few_seeds_are_said_to_be_too_few(controls, fewest):
         assert found["note"] == ("" if seeds == fewest else
                                  f"{seeds} seeds cannot reach 5 %, {fewest} can")
 
+def test_a_verdict_that_was_reached_needs_no_excuse():
+    """Two controls, one of them with six seeds: 2 p is over 5 % there, but Holm asks for 1 p of the last one."""
+    scores = arms_of(7, undistilled=0, shuffled=0, armada=0.2)
+    del scores["shuffled"][6]
+    found = compare(scores, CONTROLS)["armada"]
+    assert (found["verdict"], found["note"]) == ("BEATS", "")
+
 def test_only_seeds_that_both_arms_have_are_paired():
     scores = arms_of(8, undistilled=0, armada=0.1)
     del scores["armada"][3], scores["undistilled"][5]

@@ -152,6 +152,10 @@ def test_an_arm_whose_overrides_are_out_of_range_stops_before_anything_is_traine
     with pytest.raises(UserError, match="unknown --pairing 'within'"):
         resolve(Config(arms=("armada", "mine")))
 
+def test_arms_without_a_teacher_pay_for_no_vectors():
+    data = Data(resolve(Config(**{**QUICK, "arms": ("undistilled", "undistilled-aux")})))
+    assert data.vectors == {} and data.dim == 1024
+
 def test_a_dose_is_read_from_its_own_painter():
     data = Data(resolve(Config(**{**QUICK, "arms": ("undistilled", "armada", "dose-0.25")})))
     assert set(data.vectors) == {"painter", "painter:0.25"}
@@ -167,7 +171,7 @@ def test_an_untrained_aligner_stays_as_it_was(tmp_path):
     assert_identical(cell.aligner.state_dict(), before)
 
 def test_the_alignment_in_metrics_json_is_that_of_the_saved_student(tmp_path):
-    cell = cell_of(tmp_path, epochs=1)
+    cell = cell_of(tmp_path)
     run(cell)
     student, rows = load_student(tmp_path / "last"), cell.data.rows["dev"]
     p_t = cell.aligner.eval()(cell.vectors["dev"]).proj.detach().numpy()
