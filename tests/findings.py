@@ -72,5 +72,5 @@ if __name__ == "__main__":
     try:
         commands = {command.__name__: command for command in (pictures, losses, majority, tune)}
         commands[sys.argv[1]](*sys.argv[2:])
-    except (IndexError, KeyError, TypeError, OSError):
+    except (IndexError, KeyError, TypeError, FileNotFoundError):
         sys.exit(__doc__)

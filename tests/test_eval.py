@@ -214,7 +214,7 @@ def test_too_few_seeds_are_said_to_be_too_few(controls, fewest):
                                  f"{seeds} seeds cannot reach 5 %, {fewest} can")
 
 def test_a_verdict_that_was_reached_needs_no_excuse():
-    """Two controls, one of them with six seeds: 2 p is over 5 % there, but Holm asks for 1 p of the last one."""
+    """A control has six seeds only: twice its p passes 5 %, but Holm doubles the smaller p alone."""
     scores = arms_of(7, undistilled=0, shuffled=0, armada=0.2)
     del scores["shuffled"][6]
     found = compare(scores, CONTROLS)["armada"]
