@@ -18,14 +18,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub as hub
-import tokenizers
 import torch
 import torch.nn as nn
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import normalizers, pre_tokenizers, processors
-from transformers.models.auto import modeling_auto as families
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from align import Householder, Outputs
 from data import UserError, collate
@@ -48,26 +46,21 @@ class Student(nn.Module):
     def __init__(self, lm, tokenizer, num_labels, proj_dim, dropout=0.1, orthogonal=False, labels=(),
                  max_length=128):
         super().__init__()
-        self.lm, self.tokenizer = lm, tokenizer
+        self.lm, self.tokenizer, config = lm, tokenizer, lm.config
         self.settings = dict(num_labels=num_labels, proj_dim=proj_dim, dropout=dropout, orthogonal=orthogonal,
                              labels=list(labels), max_length=max_length)
-        kind = lm.config.model_type  # reads left to right: has a causal and no masked language-model class
-        self.decoder = (kind in families.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-                        and kind not in families.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-        # OPT-350m projects its last layer to another width than hidden_size.
-        width = getattr(lm.config, "word_embed_proj_dim", None) or lm.config.hidden_size
+        # The longest text that tokenizer and position table allow; OPT's tokenizer alone would say 1e30.
+        self.max_tokens = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 10**9))
+        # Reads left to right: has a causal and no masked language-model class.
+        self.decoder = (type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+                        and type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING)
+        d_s = getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # they differ in OPT-350m
         # The aligner's gauge argument does not hold here, since p_s must meet p_t coordinate by coordinate:
         # an orthogonal P_s gets d_s reflections, enough for every rotation of h_s.
-        projection = (Householder(width, proj_dim, width) if orthogonal
-                      else nn.Linear(width, proj_dim, bias=False))
-        self.heads = nn.ModuleDict({"classifier": nn.Linear(width, num_labels), "projection": projection,
+        projection = Householder(d_s, proj_dim, d_s) if orthogonal else nn.Linear(d_s, proj_dim, bias=False)
+        self.heads = nn.ModuleDict({"classifier": nn.Linear(d_s, num_labels), "projection": projection,
                                     "aux_classifier": nn.Linear(proj_dim, num_labels)})  # C_s, P_s, C'_s
         self.drop = nn.Dropout(dropout)
-
-    @property
-    def max_tokens(self):
-        """The longest text that tokenizer and position table allow; OPT's tokenizer alone would say 1e30."""
-        return min(self.tokenizer.model_max_length, getattr(self.lm.config, "max_position_embeddings", 10**9))
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
         extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
@@ -89,8 +82,7 @@ class Student(nn.Module):
         # found by the mask, never by its id (pad may equal end-of-text). Other encoders: the first token.
         if not self.decoder:
             return out.last_hidden_state[:, 0]
-        column = torch.arange(1, attention_mask.size(1) + 1, device=attention_mask.device)  # (L,)
-        last = (attention_mask * column).argmax(-1)                                         # (B,)
+        last = attention_mask.cumsum(-1).argmax(-1)  # (B,), where the count of real tokens first is largest
         return out.last_hidden_state[torch.arange(len(last), device=last.device), last]
 
     def checkpoint_gradients(self):
@@ -116,9 +108,8 @@ class Student(nn.Module):
         return [found[i] for i in range(len(rows))], [p_s[i] for i in range(len(p_s))]
 
     def predict(self, texts):
-        """Label names (scores for a regression) for a person's own texts, a list in their order.
-        texts: a list of strings, or of (text_a, text_b) pairs for a two-text task on an encoder. A decoder
-        wants the one prompt that it was trained on, TASKS[...].prompt(example)."""
+        """Label names (scores for a regression), in order, of strings or, for a two-text task on an encoder,
+        (text_a, text_b) pairs. A decoder wants the prompt it was trained on, TASKS[...].prompt(example)."""
         if isinstance(texts, str):
             raise UserError("predict wants a list of texts: predict([text])")
         pairs = [(text,) if isinstance(text, str) else text for text in texts]
@@ -129,11 +120,10 @@ class Student(nn.Module):
 
     def save(self, folder):
         """A folder that AutoModel and AutoTokenizer open, plus heads.safetensors and student.json."""
-        folder = Path(folder)
         self.lm.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        save_file(self.heads.state_dict(), folder / "heads.safetensors")
-        (folder / "student.json").write_text(json.dumps(self.settings, indent=1))
+        save_file(self.heads.state_dict(), Path(folder, "heads.safetensors"))
+        Path(folder, "student.json").write_text(json.dumps(self.settings, indent=1))
 
 def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
     """A Student from a short name (SHORT_NAMES), hub id or folder; "tiny" makes its vocabulary from `texts`.
@@ -159,15 +149,12 @@ def _tiny(texts):
         raise UserError("student tiny makes its vocabulary from texts: build_student(..., texts=[...])")
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower())})
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()      # the same \w+|[^\w\s]+
-    tokenizer.post_processor = processors.TemplateProcessing(  # without it there is no [CLS] to pool
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # the same \w+|[^\w\s]+
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))  # or no [CLS] to pool
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
         model_max_length=512, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
     # BERT's own .02 suits 768 columns; at 64 it starts so flat that some seeds never leave the plateau.
     config = transformers.BertConfig(vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2,
@@ -184,10 +171,9 @@ def check_available(name):
         return {"pretrained_model_name_or_path": str(name)}
     repo, near = SHORT_NAMES.get(name, name), difflib.get_close_matches(name, [*SHORT_NAMES, "tiny"], 1)
     hint = f"did you mean {near[0]}? " if near and name not in SHORT_NAMES else ""
-    how = {"pretrained_model_name_or_path": repo} | ({"num_hidden_layers": 6} if name == "bert-6l" else {})
     try:
         hub.get_hf_file_metadata(hub.hf_hub_url(repo, "config.json"), timeout=5)
-        return how
+        return {"pretrained_model_name_or_path": repo}
     except hub.errors.GatedRepoError:
         raise UserError(f"{repo} is gated: accept its licence at {hub.constants.ENDPOINT}/{repo} and set "
                         "HF_TOKEN") from None
@@ -196,23 +182,22 @@ def check_available(name):
                         f"{', '.join(SHORT_NAMES)}; a private model needs HF_TOKEN") from None
     except Exception as error:  # no network, a proxy, a time-out, HF_HUB_OFFLINE; the hub's cache may have it
         if isinstance(hub.try_to_load_from_cache(repo, "config.json"), str):
-            return how | {"local_files_only": True}
+            return {"pretrained_model_name_or_path": repo, "local_files_only": True}
         raise UserError(f"could not fetch {repo} from the hub ({' '.join(str(error).split())[:100]}): {hint}"
                         f"connect, or give the folder that `hf download {repo}` made elsewhere") from None
 
 def load_pretrained(name, model_class=transformers.AutoModel):
     """(model, tokenizer) from a short name, hub id or folder; float32 whatever the checkpoint's dtype.
     OPT's is float16, in which lr times gradient rounds to nothing, and which GradScaler refuses."""
-    how = check_available(name)
+    how, cut = check_available(name), {"num_hidden_layers": 6} if name == "bert-6l" else {}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            how["pretrained_model_name_or_path"], local_files_only="local_files_only" in how)
-        model, info = model_class.from_pretrained(**how, dtype=torch.float32, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**how)
+        model, info = model_class.from_pretrained(**how, **cut, dtype=torch.float32, output_loading_info=True)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         why = " ".join(str(error).split())[:300]
-        spm = "entencepiece" in why or "tiktoken" in why  # transformers names the wrong package
-        raise UserError(f"could not load {name}: {why}"
-                        + ("; pip install sentencepiece protobuf" if spm else "")) from None
+        if "entencepiece" in why or "tiktoken" in why:  # transformers names the wrong package
+            why += "; pip install sentencepiece protobuf"
+        raise UserError(f"could not load {name}: {why}") from None
     if model.config.is_encoder_decoder or not hasattr(model.config, "hidden_size"):
         raise UserError(f"{name} is a {model.config.model_type} model: give one like BERT or OPT")
     # Without its files transformers invents an empty tokenizer, to which every text is the same.
