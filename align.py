@@ -32,12 +32,10 @@ class Householder(nn.Module):
     Why k = 32 reflections lose nothing here, though a general Q needs n. Without dropout L_A sees P_t only
     through the product C'_t P_t, and C'_t is free: replacing (C'_t, P_t) by (C'_t R^T, R P_t) for an
     orthogonal R changes no logit. P_t is a gauge. What matters is which C-dimensional space C'_t reads, and
-    k >= C reflections carry any C-frame to any other, one reflection for each frame vector.
-    tests/test_align.py shows both.
+    k >= C reflections carry any C-frame to any other, one for each vector. tests/test_align.py shows both.
 
     Q is n x n, n the larger of in and d. Where d > in (a student's projection, on request), x is padded with
-    zeros and the map has orthonormal columns.
-    """
+    zeros and the map has orthonormal columns."""
 
     def __init__(self, in_dim, out_dim, reflections=32):
         super().__init__()
@@ -70,8 +68,7 @@ class TSAligner(nn.Module):
         # keeps every length and angle of e (an isometry) and nothing of the teacher is cut off.
         proj_dim = latent_dim if proj_dim is None else proj_dim
         if not 1 <= proj_dim <= latent_dim:
-            raise ValueError(f"proj_dim {proj_dim} must be between 1 and latent_dim {latent_dim}: "
-                             "orthonormal rows")
+            raise ValueError(f"proj_dim {proj_dim} must be between 1 and latent_dim {latent_dim}")
         self.w1 = nn.Linear(latent_dim, hidden_dim)
         self.w2 = nn.Linear(hidden_dim, hidden_dim)
         self.classifier = nn.Linear(hidden_dim, num_labels)    # C_t

@@ -9,8 +9,7 @@ The kind of loss follows the tensors, not a flag: integer labels are classes; fl
 width 1 are a regression; float labels of the logits' width are a distribution. Half precision is raised to
 float32 first, since a float16 square overflows beyond 256; float32 and float64 stay as they are.
 
-    total, parts = student_loss(student_out, aligner_out, y,
-                                alpha=.5, beta=1, gamma=1, temperature=5, kind="manifold")
+    total, parts = student_loss(out_s, out_t, y, alpha=.5, beta=1, gamma=1, temperature=5, kind="manifold")
 """
 import torch
 import torch.nn.functional as F
@@ -31,8 +30,7 @@ def task_loss(logits, labels):
     """task(o, y) = CE(softmax(o), y) for classes and distributions; MSE(relu(o), y) for a regression.
 
     logits (B, C); labels (B,) integers, or (B,) floats where C = 1, or (B, C) floats whose rows sum to 1.
-    Raises ValueError when the two do not fit together.
-    """
+    Raises ValueError when the two do not fit together."""
     logits = _full(logits)
     if not labels.is_floating_point() and labels.shape == logits.shape[:1] and logits.size(-1) > 1:
         return F.cross_entropy(logits, labels)
@@ -42,16 +40,14 @@ def task_loss(logits, labels):
     if labels.is_floating_point() and labels.shape == logits.shape:
         return F.cross_entropy(logits, labels.to(logits.dtype))  # - sum_c y_c log softmax(o)_c, mean over B
     raise ValueError(f"logits {tuple(logits.shape)} and {labels.dtype} labels {tuple(labels.shape)} do not "
-                     "fit: want integers (B,) for C > 1 classes, floats (B,) for logits (B, 1) "
-                     "or floats (B, C), a distribution")
+                     "fit: want integers (B,) for C > 1, floats (B,) for C = 1, or a distribution (B, C)")
 
 def output_loss(teacher_logits, student_logits, temperature):
     """L_output of two heads = T^2 MSE(softmax(o_t/T), softmax(o_s/T)); MSE(relu o_t, relu o_s) for C = 1.
 
     Logits (B, C); C = 1 is a regression. softmax(o / T) puts 1/T into the difference and into its derivative;
     T^2 takes both out, and alpha means the same at every temperature: as T grows, the value tends to
-    MSE(o_t - mean_c o_t, o_s - mean_c o_s) / C^2.
-    """
+    MSE(o_t - mean_c o_t, o_s - mean_c o_s) / C^2."""
     o_t, o_s = _full(teacher_logits), _full(student_logits)
     if o_s.size(-1) == 1:
         return _mse(F.relu(o_t), F.relu(o_s))  # no T: a softmax over one logit is constant
@@ -62,8 +58,7 @@ def manifold_loss(teacher_proj, student_proj, kind):
 
     Projections (B, d); kind "euclidean" | "cosine" | "manifold", in this order. The first two compare batch
     means, which permuting a batch's teacher rows does not change: they carry no pairing of text and picture.
-    By Jensen euclidean <= manifold (the paper's Prop. 1, though not strictly: both are 0 at p_t = p_s).
-    """
+    By Jensen euclidean <= manifold (the paper's Prop. 1, though not strictly: both are 0 at p_t = p_s)."""
     # DEVIATION: the authors' code silently takes any unknown name for the per-example loss; an error here.
     if kind not in KINDS:
         raise ValueError(f"unknown loss kind {kind!r}: choose one of {', '.join(KINDS)}")
@@ -84,15 +79,13 @@ def aligner_loss(aligner_out, labels, gamma):
     """L_A = task(o_t, y) + gamma task(a_t, y): the TS Aligner learns from the teacher's vector alone."""
     return task_loss(aligner_out.logits, labels) + gamma * task_loss(aligner_out.aux_logits, labels)
 
-def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind,
-                 output_factor=1.0):
+def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind, output_factor=1):
     """L_S = (1 - alpha) L_task + alpha L_output + beta L_manifold.
 
     student_out, aligner_out: Outputs(logits (B, C), aux_logits (B, C), proj (B, d)). The aligner's are
     detached, a student does not teach its teacher; aligner_out=None is "no teacher", whose two terms are 0.
     output_factor multiplies the second term: 0 drops the soft labels and leaves the true ones at 1 - alpha.
-    Returns (total, parts): parts maps task, output, manifold to 0-dim tensors, before their weights.
-    """
+    Returns (total, parts): parts maps task, output, manifold to 0-dim tensors, before their weights."""
     o_s, a_s, p_s = student_out
     task = task_loss(o_s, labels) + gamma * task_loss(a_s, labels)
     output = manifold = torch.zeros_like(task)
