@@ -92,10 +92,9 @@ class Student(nn.Module):
 
     @torch.inference_mode()
     def answers(self, rows, batch_size=64, autocast=nullcontext, keep=0):
-        """For encoded rows: class ids (or scores), a list in their order, and p_s (d,) of the first `keep`.
-        Texts of similar length share a batch."""
+        """For encoded rows: class ids (or scores), a list in their order, and p_s (d,) of the first `keep`."""
         training, device, found, p_s = self.training, self.heads["classifier"].weight.device, {}, {}
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # for little padding
         self.eval()
         for start in range(0, len(order), batch_size):
             chosen = order[start:start + batch_size]
