@@ -82,7 +82,7 @@ class Student(nn.Module):
         # found by the mask, never by its id (pad may equal end-of-text). Other encoders: the first token.
         if not self.decoder:
             return out.last_hidden_state[:, 0]
-        last = attention_mask.cumsum(-1).argmax(-1)  # (B,), where the count of real tokens first is largest
+        last = attention_mask.cumsum(-1).argmax(-1)  # (B,), where the count of real tokens peaks first
         return out.last_hidden_state[torch.arange(len(last), device=last.device), last]
 
     def checkpoint_gradients(self):
@@ -92,7 +92,7 @@ class Student(nn.Module):
 
     @torch.inference_mode()
     def answers(self, rows, batch_size=64, autocast=nullcontext, keep=0):
-        """For encoded rows: class ids (or scores), a list in their order, and p_s (d,) of the first `keep`."""
+        """For encoded rows: class ids (or scores), a list in order, and p_s (d,) of the first `keep`."""
         training, device, found, p_s = self.training, self.heads["classifier"].weight.device, {}, {}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # for little padding
         self.eval()
