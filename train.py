@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import resource
 import shutil
@@ -110,7 +109,7 @@ class Config:
                     ends = f"above {above}" if above > low else f"at least {low}"
                     raise UserError(f"{flag} {value} must be a number {ends}"
                                     + (f" and at most {high}" if high < math.inf else ""))
-        self.task = self.task and find_task(self.task).name
+        self.task = None if self.task is None else find_task(self.task).name
         if self.teacher:
             check_spec(self.teacher)
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
@@ -124,14 +123,14 @@ def resolve(config):
     """A copy with every default filled in and every value checked; UserError before any load or fetch."""
     task = find_task(config.task or "objects")
     out, n = f"runs/{task.name}", 2
-    while os.path.exists(out):  # a second run never touches the first
+    while Path(out).exists():  # a second run never touches the first
         out, n = f"runs/{task.name}-{n}", n + 1
-    defaults = {**FALLBACK, **task.defaults, **({} if config.task else BARE),
+    defaults = {**FALLBACK, **task.defaults, **(BARE if config.task is None else {}),
                 "task": task.name, "micro_batch": config.batch_size, "out": out}
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = replace(config, **missing)
     for arm in config.arms:
-        replace(config, **ARMS[known(arm, ARMS, "arm")])  # whose overrides have their limits too
+        replace(config, **ARMS[known(arm, ARMS, "arm")])  # its overrides are checked like flags
     if config.batch_size % config.micro_batch:
         fits = max(m for m in range(1, config.micro_batch) if config.batch_size % m == 0)
         raise UserError(f"--micro-batch {config.micro_batch} must divide --batch-size {config.batch_size}: "
@@ -141,12 +140,11 @@ def resolve(config):
 def resume_config(folder, typed):
     """The Config that a run (a grid or one cell) was started with; UserError where a typed flag differs."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--resume {folder}: no run there (no config.json); start one with --out {folder}")
     try:
         saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
-    except (TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"--resume {folder}: config.json is not one of this version ({error})") from None
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"--resume {folder}: no run there, or not one of this version ({error}); "
+                        f"start one with --out {folder}") from None
     differ = [f"--{name.replace('_', '-')} is {getattr(saved, name)}, not {getattr(wanted, name)}" for name in
               typed if name not in ("resume", "out") and getattr(saved, name) != getattr(wanted, name)]
     if differ:
@@ -204,10 +202,10 @@ def lr_factor(step, steps):
 
 def precision(config):
     """(device, autocast context, {role: GradScaler}, the reason in words): the loop has no branch for it."""
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(found if config.device == "auto" else config.device)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if config.device == "auto" else config.device)
     if (device.index or 0) >= torch.get_device_module(device).device_count():
-        raise UserError(f"--device {config.device}: torch sees no such device here; try --device {found}")
+        raise UserError(f"--device {config.device}: torch sees no such device here; try --device {auto}")
     best = "off"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: 10-bit mantissas in products, several times faster
@@ -264,9 +262,9 @@ def interruptible():
 
 def read_log(waiting, seconds, scaler):
     """One line for log.jsonl: the means of waiting = [(values on the device, facts)] since the last one.
-    Read now and then only: an .item() each step would stall the CPU until the GPU is done. UserError names
-    the first value that is not finite and its step. fp16's scaler finds its scale by overflowing, so there an
-    infinite gradient is a skipped step and no fault, unless no scale is small enough."""
+    Read now and then: an .item() each step would stall the CPU until the GPU is done. UserError names the first
+    value that is not finite, and its step; an infinite gradient under fp16 is only a skipped step, since the
+    scaler finds its scale by overflowing, unless no scale is small enough."""
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise UserError("fp16 gradients overflow at every loss scale: try --amp bf16 or off")
     steps = [facts for _, facts in waiting]
@@ -398,8 +396,8 @@ class Cell:
             save_file({f"{role} {i} {key}": value for role, optimizer in self.optimizers.items()
                        for i, state in optimizer.state_dict()["state"].items()
                        for key, value in state.items()}, new / "optimizers.safetensors")
+            shutil.copy(self.folder / "log.jsonl", new)
             write_json(new / "training.json", {"done": self.done, "best": self.best, "seconds": self.seconds,
-                                               "log": os.path.getsize(self.folder / "log.jsonl"),
                                                "scaler": self.scalers["student"].state_dict()})
         replace_folder(self.folder / "last", write)
 
@@ -408,7 +406,7 @@ class Cell:
         state = json.loads((last / "training.json").read_text())
         self.done, self.best, self.seconds = state["done"], state["best"], state["seconds"]
         self.scalers["student"].load_state_dict(state["scaler"])  # nothing, unless it is enabled
-        os.truncate(self.folder / "log.jsonl", state["log"])
+        shutil.copy(last / "log.jsonl", self.folder)
         if self.aligner:
             self.aligner.load_state_dict(load_file(last / "aligner.safetensors"))
         for name, value in load_file(last / "optimizers.safetensors").items():
@@ -531,8 +529,8 @@ def finish(cell):
         metrics[split], answers, _ = cell.evaluate(split)
         evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
     write_json(cell.folder / "metrics.json", metrics)
-    for name in ("optimizers.safetensors", "training.json"):  # twice the student's size, never needed again
-        (cell.folder / "last" / name).unlink()
+    for name in ("optimizers.safetensors", "training.json", "log.jsonl"):
+        (cell.folder / "last" / name).unlink()  # twice the student's size, and never needed again
     headline = data.task.metrics[0]
     print(f"seed {cell.seed} {config.arms[0]}: dev {headline} {100 * metrics['dev'][headline]:.1f} "
           f"({metrics['seconds']} s)", flush=True)
