@@ -7,15 +7,12 @@
 Each epoch trains the TS Aligner over the data once, then the student once, pulled towards the aligner as it
 stands. A run is a grid: OUT/ARM/SEED/{config.json, log.jsonl, last/, best/, metrics.json, predictions_*}. In
 a seed all arms share initial weights, data order and dropout, so that their differences are paired.
-
 The method is ARMS, update() and run(), a page each; the rest serves them and can wait.
 """
 import argparse
-import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 import resource
 import shutil
@@ -23,16 +20,17 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from data import (CACHE, Parser, UserError, collate, encode, find_task, known, length_grouped_batches,
                   load_task)
+from teacher import build_teacher, check_spec, teacher_vectors
 
 # ---- configuration: every field is a flag ------------------------------------------------------------------
-def option(default, help, **limits):
+def option(default, help, low=-math.inf, high=math.inf, above=-math.inf, choices=()):
     """A Config field: default, --help sentence, limits low, high (inclusive), above (exclusive), choices."""
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+    return field(default=default, metadata={"help": help, "limits": (low, high, above), "choices": choices})
 
 # An arm is one line of overrides. A claim is "armada beats every control, the best one included".
 # DEVIATION: the authors compare with one baseline, without the auxiliary head; here are four controls.
@@ -49,22 +47,19 @@ ARMS = {
     "alpha-0": {"alpha": 0.0},                                 # the paper's: no soft labels, full true labels
     "no-manifold": {"beta": 0.0},
     "no-aux": {"gamma": 0.0},
-    "euclidean": {"loss": "euclidean"},
-    "cosine": {"loss": "cosine"},
-    # Doses of the painter; armada is dose 1.
-    **{f"dose-{rho}": {"teacher": f"painter:{rho}"} for rho in ("0", "0.25", "0.5", "0.75")},
+    **{kind: {"loss": kind} for kind in ("euclidean", "cosine")},
+    **{f"dose-{rho}": {"teacher": f"painter:{rho}"} for rho in ("0", "0.25", "0.5", "0.75")},  # armada: 1
 }
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     """One run; argparse is built from these fields. None means "it depends" and is filled in by resolve()."""
 
     task: str = option(None, "Task to learn: objects (built in) or an understanding task such as rte.")
     student: str = option(None, "Short name such as opt-1.3b, hub id, local folder, or tiny.")
     teacher: str = option(None, "One of painter[:RHO], clip[:MODEL] and vectors:FOLDER.")
-    arms: tuple = option(None, f"Arms, with commas ({', '.join(ARMS)}); armada by default, but undistilled, "
-                               "armada and shuffled when no task is named.")
-    seeds: tuple = option(None, "Seeds, with commas; 0 by default, but 0 to 6 when no task is named.")
+    arms: tuple = option(None, f"Arms, with commas, of {', '.join(ARMS)}.")
+    seeds: tuple = option(None, "Seeds to repeat them with, with commas.")
     data_dir: str = option(None, "Folder with the official RTE/, CoLA/ ...; without it they are downloaded.")
     cache_dir: str = option(CACHE, "Folder for downloads and teacher vectors.")
     out: str = option(None, "Folder to write; runs/TASK by default, or runs/TASK-2 ... when that is taken.")
@@ -77,8 +72,7 @@ class Config:
     gamma: float = option(1.0, "Weight of the auxiliary heads in the task and output losses.", low=0)
     temperature: float = option(5.0, "Temperature T of the soft labels.", above=0)
     output_factor: float = option(1.0, "Factor of alpha's soft-label term alone; 0 drops it.", low=0)
-    pairing: str = option("own", "Whose vector a training text gets: its own, another's (shuffled) or noise.",
-                          choices=("own", "shuffled", "noise"))
+    pairing: str = option("own", "Whose vector a training text gets.", choices=("own", "shuffled", "noise"))
     proj_dim: int = option(None, "Width of the shared projection space; the teacher's own by default.", low=1)
     orthogonal_student: bool = option(False, "Make the student's projection orthogonal too.")
     epochs: int = option(None, "Passes over the training data.", low=1)
@@ -96,83 +90,61 @@ class Config:
     eval_every: int = option(None, "Epochs between evaluations, each with a checkpoint.", low=1)
 
     def __post_init__(self):
-        self.task = self.task and self.task.lower()
-        for name, kind in (("arms", str), ("seeds", int)):  # "0,1" and (0, 1) are the same thing
-            value = getattr(self, name)
-            value = str(value).split(",") if isinstance(value, (str, int)) else value
-            try:
-                setattr(self, name, value and tuple(kind(item) for item in value))
-            except ValueError:
-                raise UserError(f"--{name} {','.join(map(str, value))}: give whole numbers: 0,1,2") from None
+        """UserError names the first field whose value is out of its limits and says what they are."""
+        for each in [each for each in fields(self) if getattr(self, each.name) is not None]:
+            value, flag = getattr(self, each.name), "--" + each.name.replace("_", "-")
+            if each.type is tuple:  # "0,1" and (0, 1) are the same thing
+                items = str(value).split(",") if isinstance(value, (str, int)) else value
+                items = [str(item).strip() for item in items]
+                if each.name == "seeds" and not all(map(str.isdecimal, items)):
+                    raise UserError(f"--seeds {','.join(items)}: give whole numbers: 0,1,2 (seeds from 0)")
+                if not items or len(set(items)) < len(items):
+                    raise UserError(f"{flag} {','.join(items)}: name each once")
+                setattr(self, each.name, tuple(map(int, items) if each.name == "seeds" else items))
+            elif each.metadata["choices"]:
+                known(value, each.metadata["choices"], flag)
+            elif each.type in (int, float):
+                low, high, above = each.metadata["limits"]
+                if not (math.isfinite(value) and low <= value <= high and value > above):
+                    ends = f"above {above}" if above > low else f"at least {low}"
+                    raise UserError(f"{flag} {value} must be a number {ends}"
+                                    + (f" and at most {high}" if high < math.inf else ""))
+        self.task = None if self.task is None else find_task(self.task).name
+        if self.teacher:
+            check_spec(self.teacher)
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise UserError(f"--device {self.device}: choose auto, cpu, cuda, cuda:N or mps")
 
-FALLBACK = {"student": "bert-base", "teacher": "clip", "beta": 1.0, "epochs": 10, "lr": 2e-5, "eval_every": 1}
-
-def check(config):
-    """UserError names the first field whose value is out of its limits and says what they are."""
-    from teacher import check_spec
-
-    for field in dataclasses.fields(config):
-        value, limits, flag = getattr(config, field.name), field.metadata, "--" + field.name.replace("_", "-")
-        if "choices" in limits:
-            known(value, limits["choices"], flag)
-        elif field.type in (int, float) and value is not None:
-            low, high, above = limits.get("low", -math.inf), limits.get("high", math.inf), limits.get("above")
-            if not (low <= value <= high and math.isfinite(value) and (above is None or value > above)):
-                ends = f"above {above}" if above is not None else f"at least {low}"
-                raise UserError(f"{flag} {value} must be a number {ends}"
-                                + (f" and at most {high}" if high < math.inf else ""))
-    check_spec(config.teacher)
+FALLBACK = {"student": "bert-base", "teacher": "clip", "arms": "armada", "seeds": "0", "beta": 1.0,
+            "epochs": 10, "lr": 2e-5, "eval_every": 1}
+BARE = {"arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"}  # the demonstration: no task named
 
 def resolve(config):
     """A copy with every default filled in and every value checked; UserError before any load or fetch."""
-    task, bare = find_task(config.task or "objects"), config.task is None
-    out, n = f"runs/{task.name}", 1
-    while os.path.exists(out):  # a second run never touches the first
-        n += 1
-        out = f"runs/{task.name}-{n}"
-    defaults = {**FALLBACK, **task.defaults, "micro_batch": config.batch_size, "out": out,
-                "arms": ("undistilled", "armada", "shuffled") if bare else ("armada",),
-                "seeds": tuple(range(7)) if bare else (0,)}
+    task = find_task(config.task or "objects")
+    out, n = f"runs/{task.name}", 2
+    while Path(out).exists():  # a second run never touches the first
+        out, n = f"runs/{task.name}-{n}", n + 1
+    defaults = {**FALLBACK, **task.defaults, **(BARE if config.task is None else {}),
+                "task": task.name, "micro_batch": config.batch_size, "out": out}
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = replace(config, **missing, task=task.name)
-    check(config)
+    config = replace(config, **missing)
     for arm in config.arms:
-        check(replace(config, **ARMS[known(arm, ARMS, "arm")]))
-    for flag, items in (("--arms", config.arms), ("--seeds", config.seeds)):
-        if len(set(items)) != len(items) or not items or (flag == "--seeds" and min(items) < 0):
-            raise UserError(f"{flag} {','.join(map(str, items))}: name each once, seeds from 0")
+        replace(config, **ARMS[known(arm, ARMS, "arm")])  # its overrides are checked like flags
     if config.batch_size % config.micro_batch:
-        fits = [m for m in range(1, config.micro_batch) if config.batch_size % m == 0]
+        fits = max(m for m in range(1, config.micro_batch) if config.batch_size % m == 0)
         raise UserError(f"--micro-batch {config.micro_batch} must divide --batch-size {config.batch_size}: "
-                        f"try {max(fits)}")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device):
-        raise UserError(f"--device {config.device}: choose auto, cpu, cuda, cuda:N or mps")
+                        f"try {fits}")
     return config
-
-def parse(argv=None):
-    """The flags that were typed, and only those, as a dict: a resumed run is compared with nothing else."""
-    parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                    description="ARMADA: distil a picture-making teacher into a text-only language model.")
-    for field in dataclasses.fields(Config):
-        help, choices = field.metadata["help"].replace("%", "%%"), field.metadata.get("choices", ())
-        usual, ours = FALLBACK.get(field.name, field.default), find_task("objects").defaults.get(field.name)
-        help += f" One of {', '.join(choices)}." if choices else ""
-        help += f" Default: {usual}." if usual not in (None, False) else ""
-        help += f" For objects: {ours}." if ours else ""
-        kind = {"action": "store_true"} if field.type is bool else {
-            "type": str if field.type is tuple else field.type, "metavar": field.name.upper()}
-        parser.add_argument("--" + field.name.replace("_", "-"), help=help, **kind)
-    return vars(parser.parse_args(argv))
 
 def resume_config(folder, typed):
     """The Config that a run (a grid or one cell) was started with; UserError where a typed flag differs."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--resume {folder}: no run there (no config.json); start one with --out {folder}")
     try:
         saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
-    except (TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"--resume {folder}: config.json is not one of this version ({error})") from None
+    except (OSError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"--resume {folder}: no run there, or not one of this version ({error}); "
+                        f"start one with --out {folder}") from None
     differ = [f"--{name.replace('_', '-')} is {getattr(saved, name)}, not {getattr(wanted, name)}" for name in
               typed if name not in ("resume", "out") and getattr(saved, name) != getattr(wanted, name)]
     if differ:
@@ -182,8 +154,18 @@ def resume_config(folder, typed):
 
 def configure(argv=None):
     """Command line -> a resolved Config, or one line on stderr and exit status 2."""
+    parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                    description="ARMADA: distil a picture-making teacher into a text-only language model.")
+    for each in fields(Config):
+        facts = {"One of": ", ".join(each.metadata["choices"]),
+                 "Default:": FALLBACK.get(each.name, each.default),
+                 "For objects:": find_task("objects").defaults.get(each.name),
+                 "Without --task:": BARE.get(each.name)}
+        help = " ".join([each.metadata["help"], *(f"{word} {fact}." for word, fact in facts.items() if fact)])
+        kind = {bool: {"action": "store_true"}, tuple: {"type": str}}.get(each.type, {"type": each.type})
+        parser.add_argument("--" + each.name.replace("_", "-"), help=help.replace("%", "%%"), **kind)
     try:
-        typed = parse(argv)
+        typed = vars(parser.parse_args(argv))  # without defaults: a resumed run is compared with these alone
         return resolve(resume_config(typed["resume"], typed) if "resume" in typed else Config(**typed))
     except UserError as error:
         fail(error)
@@ -205,7 +187,6 @@ import eval as evaluation
 from align import TSAligner
 from losses import aligner_loss, predictions, student_loss
 from student import build_student, check_available, load_student
-from teacher import build_teacher, teacher_vectors
 
 # ---- small pieces of the loop ------------------------------------------------------------------------------
 def seed_of(*parts):
@@ -215,32 +196,29 @@ def seed_of(*parts):
 
 def lr_factor(step, steps):
     """Linear warm-up over min(100, 10 %) of the steps, then linear decay to 0; step counts from 0."""
-    # DEVIATION: the authors' scheduler, warm-up and weight decay are built but never applied; and theirs
-    # would warm up for 100 steps always, which is more than CB has in all.
+    # DEVIATION: the authors never apply scheduler, warm-up (100 steps: CB has fewer in all) and weight decay.
     warm = min(100, steps // 10)
     return (step + 1) / warm if step < warm else (steps - step) / (steps - warm)
 
 def precision(config):
-    """(device, autocast context, GradScaler, the reason in words), so the loop has no precision branch."""
-    found, amp, why = "cuda" if torch.cuda.is_available() else "cpu", config.amp, "as asked"
-    device = torch.device(found if config.device == "auto" else config.device)
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= here[device.type]:
-        raise UserError(f"--device {config.device}: torch sees no such device here; try --device {found}")
-    if amp == "fp16" and device.type != "cuda":
-        raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
-    if amp == "auto" and device.type != "cuda":
-        amp, why = "off", f"float32 on {device.type}"
-    elif amp == "auto":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        amp, why = ("bf16", "the GPU has it") if bf16 else ("fp16", "the GPU has no bf16")
+    """(device, autocast context, {role: GradScaler}, the reason in words): the loop has no branch for it."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if config.device == "auto" else config.device)
+    if (device.index or 0) >= torch.get_device_module(device).device_count():
+        raise UserError(f"--device {config.device}: torch sees no such device here; try --device {auto}")
+    best = "off"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: 10-bit mantissas in products, several times faster
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif config.amp == "fp16":
+        raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
+    amp, why = (best, "the best here") if config.amp == "auto" else (config.amp, "as asked")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     autocast = (lambda: torch.autocast(device.type, dtype=dtype)) if dtype else nullcontext
     # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range.
-    return (device, autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16"),
-            f"{device}, amp {amp} ({why})")
+    scaled = {"student": amp == "fp16", "aligner": False}  # which is float32 whatever the student is
+    scalers = {role: torch.amp.GradScaler(device.type, enabled=needed) for role, needed in scaled.items()}
+    return device, autocast, scalers, f"{device}, amp {amp} ({why})"
 
 def to_device(tensor, device):
     """On CUDA from pinned memory and without waiting, so that the copy overlaps the step before."""
@@ -266,8 +244,9 @@ def recover_folder(folder):
     return folder.exists()
 
 def write_json(path, content):
-    """Beside, then renamed: nobody ever reads half a file."""
+    """Beside, then renamed: nobody ever reads half a file. Its folder is made if need be."""
     beside = Path(f"{path}.new")
+    beside.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(json.dumps(content, indent=1))
     beside.replace(path)
 
@@ -283,21 +262,18 @@ def interruptible():
 
 def read_log(waiting, seconds, scaler):
     """One line for log.jsonl: the means of waiting = [(values on the device, facts)] since the last one.
-
-    Read now and then only: an .item() each step would stall the CPU until the GPU is done. UserError names
-    the first value that is not finite and its step. fp16's scaler finds its scale by overflowing, so there an
-    infinite gradient is a skipped step and no fault, unless no scale is small enough.
-    """
-    names, steps = list(waiting[0][0]), [facts for _, facts in waiting]
-    rows = torch.stack([torch.stack([values[name].float() for name in names])
-                        for values, _ in waiting]).tolist()
+    Read now and then: an .item() each step would stall the CPU until the GPU is done. UserError names the first
+    value that is not finite, and its step; an infinite gradient under fp16 is only a skipped step, since the
+    scaler finds its scale by overflowing, unless no scale is small enough."""
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise UserError("fp16 gradients overflow at every loss scale: try --amp bf16 or off")
+    steps = [facts for _, facts in waiting]
     line = {**steps[-1], "steps": len(steps), "tokens": sum(facts["tokens"] for facts in steps)}
-    for name, column in zip(names, zip(*rows)):
+    for name in waiting[0][0]:
+        column = torch.stack([values[name].float() for values, _ in waiting]).tolist()
         finite = [value for value in column if math.isfinite(value)]
         if len(finite) < len(column) and not (name == "grad_norm" and scaler.is_enabled()):
-            bad = steps[next(i for i, value in enumerate(column) if not math.isfinite(value))]
+            bad = next(facts for facts, value in zip(steps, column) if not math.isfinite(value))
             raise UserError(f"the {bad['role']}'s {name} is not finite at step {bad['step']} (epoch "
                             f"{bad['epoch']}); nothing was saved since. Lower --lr, --beta, or try --amp off")
         line[name] = sum(finite) / max(1, len(finite))
@@ -369,9 +345,7 @@ class Cell:
     def __init__(self, config, data, folder):
         self.config, self.data, self.folder, self.seed = config, data, folder, config.seeds[0]
         self.done, self.best, self.seconds = 0, None, 0.0
-        self.device, self.autocast, scaler, _ = precision(config)
-        # The aligner is float32 whatever the student is, so its gradients are never scaled.
-        self.scalers = {"aligner": torch.amp.GradScaler(self.device.type, enabled=False), "student": scaler}
+        self.device, self.autocast, self.scalers, _ = precision(config)
         labels, proj_dim, last = max(1, len(data.task.labels)), config.proj_dim or data.dim, folder / "last"
         recover_folder(folder / "best")
         saved = recover_folder(last) and (last / "training.json").exists()
@@ -388,13 +362,12 @@ class Cell:
         if is_distilled(config):
             self.vectors, self.lookup = data.vectors[config.teacher], data.lookup(config, self.seed)
             self.aligner = TSAligner(self.vectors["dev"].size(1), labels, proj_dim=proj_dim)
-        self.models = {"aligner": self.aligner, "student": self.student}  # in the order of an epoch
-        self.models = {role: model.to(self.device) for role, model in self.models.items() if model}
+        models = [("aligner", self.aligner), ("student", self.student)]  # in the order of an epoch
+        self.models = torch.nn.ModuleDict([pair for pair in models if pair[1]]).to(self.device)
         if data.task.kind == "regress" and not saved:  # a relu starting below 0 stays there: one seed in ten
-            for model in self.models.values():
-                for name, value in model.named_parameters():
-                    if name.endswith("classifier.bias"):
-                        torch.nn.init.constant_(value, data.labels.mean().item())
+            for name, value in self.models.named_parameters():
+                if name.endswith("classifier.bias"):
+                    torch.nn.init.constant_(value, data.labels.mean().item())
         self.rates = {"aligner": config.aligner_lr, "student": config.lr}
         self.optimizers = {role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
                            for role, model in self.models.items()}
@@ -420,31 +393,26 @@ class Cell:
             self.student.save(new)
             if self.aligner:
                 save_file(self.aligner.state_dict(), new / "aligner.safetensors")
-            for role, optimizer in self.optimizers.items():
-                state = optimizer.state_dict()["state"].items()
-                save_file({f"{i} {key}": value for i, moments in state for key, value in moments.items()},
-                          new / f"{role}_optimizer.safetensors")
-            write_json(new / "training.json", {
-                "done": self.done, "best": self.best, "seconds": self.seconds,
-                "log": os.path.getsize(self.folder / "log.jsonl"),
-                "scaler": self.scalers["student"].state_dict()})
+            save_file({f"{role} {i} {key}": value for role, optimizer in self.optimizers.items()
+                       for i, state in optimizer.state_dict()["state"].items()
+                       for key, value in state.items()}, new / "optimizers.safetensors")
+            shutil.copy(self.folder / "log.jsonl", new)
+            write_json(new / "training.json", {"done": self.done, "best": self.best, "seconds": self.seconds,
+                                               "scaler": self.scalers["student"].state_dict()})
         replace_folder(self.folder / "last", write)
 
     def load(self, last):
         """The reverse of save(). Log lines after the checkpoint are cut off: they will be written again."""
         state = json.loads((last / "training.json").read_text())
         self.done, self.best, self.seconds = state["done"], state["best"], state["seconds"]
-        if self.scalers["student"].is_enabled():
-            self.scalers["student"].load_state_dict(state["scaler"])
-        os.truncate(self.folder / "log.jsonl", state["log"])
+        self.scalers["student"].load_state_dict(state["scaler"])  # nothing, unless it is enabled
+        shutil.copy(last / "log.jsonl", self.folder)
         if self.aligner:
             self.aligner.load_state_dict(load_file(last / "aligner.safetensors"))
-        for role, optimizer in self.optimizers.items():
-            moments = {}
-            for name, value in load_file(last / f"{role}_optimizer.safetensors").items():
-                i, key = name.split()
-                moments.setdefault(int(i), {})[key] = value
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        for name, value in load_file(last / "optimizers.safetensors").items():
+            role, i, key = name.split()
+            optimizer = self.optimizers[role]
+            optimizer.state[optimizer.param_groups[0]["params"][int(i)]][key] = value.to(self.device)
 
     def evaluate(self, split="dev"):
         """(metrics, predictions, p_s of the first texts) of a split; metrics are None for unknown labels."""
@@ -561,8 +529,11 @@ def finish(cell):
         metrics[split], answers, _ = cell.evaluate(split)
         evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
     write_json(cell.folder / "metrics.json", metrics)
-    for path in [*(cell.folder / "last").glob("*optimizer.safetensors"), cell.folder / "last/training.json"]:
-        path.unlink()  # twice the student's size, and never needed again
+    for name in ("optimizers.safetensors", "training.json", "log.jsonl"):
+        (cell.folder / "last" / name).unlink()  # twice the student's size, and never needed again
+    headline = data.task.metrics[0]
+    print(f"seed {cell.seed} {config.arms[0]}: dev {headline} {100 * metrics['dev'][headline]:.1f} "
+          f"({metrics['seconds']} s)", flush=True)
 
 # ---- the grid and the command line -------------------------------------------------------------------------
 def train(config):
@@ -572,28 +543,22 @@ def train(config):
     out = Path(config.out)
     if not config.resume and any(out.glob("*/*/log.jsonl")):
         raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give another --out")
-    todo = [(seed, arm) for seed in config.seeds for arm in config.arms
-            if not (out / arm / str(seed) / "metrics.json").exists()]
+    cells = {(seed, arm): out / arm / str(seed) for seed in config.seeds for arm in config.arms}
+    todo = {key: folder for key, folder in cells.items() if not (folder / "metrics.json").exists()}
     if todo:
         if config.student != "tiny":
             check_available(config.student)
         print(f"{config.task}: student {config.student}, teacher {config.teacher}, {precision(config)[-1]}, "
               f"arms {','.join(config.arms)}, seeds {config.seeds}, writing {out}", flush=True)
-        out.mkdir(parents=True, exist_ok=True)
         if not config.resume:  # first, so that --resume can start what never began
             write_json(out / "config.json", vars(config))
         data = Data(config)
-    for seed, arm in todo:
+    for (seed, arm), folder in todo.items():
         cell = replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
-        folder = out / arm / str(seed)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", vars(cell))
         run(Cell(cell, data, folder))
-        metrics, name = json.loads((folder / "metrics.json").read_text()), data.task.metrics[0]
-        print(f"seed {seed} {arm}: dev {name} {100 * metrics['dev'][name]:.1f} ({metrics['seconds']} s)",
-              flush=True)
-    return {arm: {seed: json.loads((out / arm / str(seed) / "metrics.json").read_text())
-                  for seed in config.seeds} for arm in config.arms}
+    return {arm: {seed: json.loads((cells[seed, arm] / "metrics.json").read_text()) for seed in config.seeds}
+            for arm in config.arms}
 
 def main(argv=None):
     """The command line: status 0; 2 and one line on stderr for what the user can mend; 130 after Ctrl-C."""
@@ -606,12 +571,9 @@ def main(argv=None):
     except UserError as error:
         fail(error)
     except torch.OutOfMemoryError:
-        fail("out of memory: try a smaller --micro-batch, --grad-checkpoint on, --amp bf16 or a smaller "
-             f"--max-length; what was saved is in {config.out}")
+        fail("out of memory: try a smaller --micro-batch or --max-length, --grad-checkpoint on or --amp bf16")
     except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
-        where, what = getattr(error, "filename", None), getattr(error, "strerror", None)
-        fail(f"{where or config.out}: {what or error}; what was saved is whole: mend this and "
-             f"--resume {config.out}")
+        fail(f"{error}; what was saved is whole: mend this and --resume {config.out}")
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python train.py --resume {config.out}", file=sys.stderr)
         raise SystemExit(130) from None
