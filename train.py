@@ -262,9 +262,9 @@ def interruptible():
 
 def read_log(waiting, seconds, scaler):
     """One line for log.jsonl: the means of waiting = [(values on the device, facts)] since the last one.
-    Read now and then: an .item() each step would stall the CPU until the GPU is done. UserError names the first
-    value that is not finite, and its step; an infinite gradient under fp16 is only a skipped step, since the
-    scaler finds its scale by overflowing, unless no scale is small enough."""
+    Read now and then only: an .item() each step would stall the CPU until the GPU is done. UserError names
+    the first value that is not finite and its step. fp16's scaler finds its scale by overflowing, so there an
+    infinite gradient is a skipped step and no fault, unless no scale is small enough."""
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise UserError("fp16 gradients overflow at every loss scale: try --amp bf16 or off")
     steps = [facts for _, facts in waiting]
@@ -405,7 +405,7 @@ class Cell:
         """The reverse of save(). Log lines after the checkpoint are cut off: they will be written again."""
         state = json.loads((last / "training.json").read_text())
         self.done, self.best, self.seconds = state["done"], state["best"], state["seconds"]
-        self.scalers["student"].load_state_dict(state["scaler"])  # nothing, unless it is enabled
+        self.scalers["student"].load_state_dict(state["scaler"])  # ignored unless fp16 enables it
         shutil.copy(last / "log.jsonl", self.folder)
         if self.aligner:
             self.aligner.load_state_dict(load_file(last / "aligner.safetensors"))
