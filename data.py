@@ -11,15 +11,18 @@ Only the standard library is imported at the top: `train.py --help` and a mistyp
 """
 import argparse
 import difflib
+import http.client
 import json
 import os
 import random
 import re
-import shutil
 import string
 import tempfile
+import time
+import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -114,12 +117,15 @@ TASKS = {task.name: task for task in (
 )}
 KEEP = ("question", "word", "span1_text", "span2_text")  # never cut: the rest means nothing without them
 
-# Official archives; MRPC has none. Each holds one folder, named as Task.folder.
-SITE = "https://dl.fbaipublicfiles.com/glue/"
-ARCHIVES = {name: f"{SITE}data/{ {'qqp': 'QQP-clean', 'qnli': 'QNLIv2'}.get(name, TASKS[name].folder)}.zip"
+# Official archives, each one folder named as Task.folder; for MRPC two lists, and GLUE's choice of dev rows.
+# ARMADA_MIRROR=URL takes the same paths from another host.
+SITE, RENAMED = "https://dl.fbaipublicfiles.com/", {"qqp": "QQP-clean", "qnli": "QNLIv2"}
+ARCHIVES = {name: [f"{SITE}glue/data/{RENAMED.get(name, TASKS[name].folder)}.zip"]
             for name in ("cola", "sst2", "stsb", "qqp", "mnli", "qnli", "wnli")}
-ARCHIVES |= {name: f"{SITE}superglue/data/v2/{TASKS[name].folder}.zip"
+ARCHIVES |= {name: [f"{SITE}glue/superglue/data/v2/{TASKS[name].folder}.zip"]
              for name in ("boolq", "cb", "copa", "rte", "wic", "wsc")}
+ARCHIVES["mrpc"] = [f"{SITE}senteval/senteval_data/msr_paraphrase_{part}.txt" for part in ("train", "test")] + [
+    "https://raw.githubusercontent.com/MegEngine/Models/master/official/nlp/bert/glue_data/MRPC/dev_ids.tsv"]
 
 def known(name, names, what):
     """`name` itself when it is among `names`; else a UserError that suggests the nearest one."""
@@ -259,26 +265,89 @@ def _mark_spans(row, where):
         text = text[:position] + mark + text[position:]
     return {"text": text, "span1_text": target["span1_text"], "span2_text": target["span2_text"]}
 
+# ---- fetching them -----------------------------------------------------------------------------------------
+def patiently(ask, what, secret=None, pauses=(1, 2, 4, 8, 16)):
+    """ask(), and again after growing pauses (or as Retry-After says) where that may help: 429, 5xx, a line
+    that breaks or stalls, an answer that is cut. Else a UserError, in which `secret` is blotted out."""
+    if os.environ.get("HF_HUB_OFFLINE"):
+        raise UserError(f"--offline, but there is no copy here of {what}")
+    for pause in (*pauses, None):
+        try:
+            return ask()
+        except urllib.error.HTTPError as error:
+            why, wait = f"{error.code} {error.reason} {error.read(200).decode(errors='replace')}", 0
+            if error.headers.get("Retry-After", "").isdigit():
+                wait = int(error.headers["Retry-After"])
+            if error.code < 500 and error.code != 429 or wait > 600:
+                break
+        except (OSError, http.client.HTTPException, LookupError, TypeError, ValueError) as error:
+            why, wait = getattr(error, "reason", None) or f"{type(error).__name__} {error}", 0
+        if pause is not None:
+            time.sleep(max(pause, wait))
+    raise UserError(f"could not fetch {what}: {' '.join(str(why).split())}".replace(secret or "\0", "***"))
+
+def _transfer(url, path):
+    """The file at url into path, by way of path.part, from which a broken transfer goes on."""
+    from tqdm import tqdm
+
+    part = Path(f"{path}.part")
+    have = max(0, part.stat().st_size - 1) if part.exists() else 0  # one byte again: none would be an error 416
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        with open(part, "ab") as file:
+            file.truncate(have if answer.status == 206 else 0)
+            size = file.seek(0, os.SEEK_END) + int(answer.headers["Content-Length"] or -1)
+            with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, disable=None) as bar:
+                while block := answer.read(1 << 16):
+                    bar.update(file.write(block))
+            if file.tell() < size:
+                raise OSError(f"{file.tell()} of {size} bytes came")
+    part.replace(path)
+
 def download(task, cache_dir):
-    """Fetch and unpack the official archive, once; returns the folder that holds task.folder."""
-    data_dir, url = Path(cache_dir) / "data", ARCHIVES.get(task.name)
-    if (data_dir / task.folder).is_dir():
-        return data_dir
-    if not url:
-        raise UserError(f"task {task.name} has no single official archive: put its files into "
-                        f"FOLDER/{task.folder} and give --data-dir FOLDER")
-    print(f"downloading {url} into {data_dir}", flush=True)
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+    """The folder that holds task.folder, fetched and unpacked once; a second process waits for the first."""
+    from filelock import FileLock
+
+    data_dir, mirror = Path(cache_dir) / "data", os.environ.get("ARMADA_MIRROR")
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(data_dir / f"{task.folder}.lock"):
+        if (data_dir / task.folder).is_dir():
+            return data_dir
+        hint = f"put {task.folder}/ with the official files into FOLDER and give --data-dir FOLDER"
+        paths = []
+        for url in ARCHIVES[task.name]:
+            url = mirror.rstrip("/") + urllib.parse.urlsplit(url).path if mirror else url
+            paths.append(data_dir / f"{task.folder}-{url.rpartition('/')[2]}")
+            print(f"downloading {url}", flush=True)
+            patiently(lambda: _transfer(url, paths[-1]), f"{url} (or {hint})", pauses=(1, 2, 4))
         with tempfile.TemporaryDirectory(dir=data_dir) as scratch:  # beside its goal: the rename is atomic
-            with urllib.request.urlopen(url, timeout=10) as answer, open(f"{scratch}/zip", "wb") as file:
-                shutil.copyfileobj(answer, file)
-            zipfile.ZipFile(f"{scratch}/zip").extractall(scratch)  # keeps members that climb with ../ inside
-            os.rename(f"{scratch}/{task.folder}", data_dir / task.folder)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"could not fetch {url} ({getattr(error, 'reason', error)}): unpack it into "
-                        "FOLDER where there is a network and give --data-dir FOLDER") from None
+            try:
+                _split_mrpc(*paths, scratch) if task.name == "mrpc" else _unzip(*paths, scratch)
+                os.rename(f"{scratch}/{task.folder}", data_dir / task.folder)
+            except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+                raise UserError(f"{url} sent damaged files ({error}): try again, or {hint}") from None
+            finally:
+                for path in paths:
+                    path.unlink(missing_ok=True)
     return data_dir
+
+def _unzip(path, scratch):
+    with zipfile.ZipFile(path) as archive:  # which checks a sum of every member
+        for name in archive.namelist():
+            if name.startswith(("/", "\\")) or ".." in Path(name).parts:
+                raise ValueError(f"its member {name} would leave the folder")
+        archive.extractall(scratch)
+
+def _split_mrpc(train, test, chosen, scratch):
+    """GLUE's dev rows are the official training rows whose two ids stand in a list."""
+    folder = Path(scratch) / "MRPC"
+    folder.mkdir()
+    ids = {tuple(line.split()) for line in chosen.read_text().splitlines()}
+    header, *rows = train.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    for split, is_dev in (("train", False), ("dev", True)):
+        mine = [row for row in rows if (tuple(row.split("\t")[1:3]) in ids) == is_dev]
+        (folder / f"{split}.tsv").write_text("\n".join([header, *mine, ""]), encoding="utf-8")
+    test.rename(folder / "test.tsv")
 
 # ---- from examples to batches ------------------------------------------------------------------------------
 def encode(task, examples, tokenizer, max_length, decoder):

@@ -161,17 +161,17 @@ def _tiny(texts):
     return transformers.BertModel(config), tokenizer
 
 @functools.cache
-def check_available(name):
+def check_available(name, file="config.json"):
     """from_pretrained arguments for a short name, hub id or folder; UserError in seconds, before any weight.
     Left alone, transformers retries an unreachable hub for half a minute; we ask once, for the config."""
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise UserError(f"{name} holds no config.json: give a folder that save_pretrained wrote")
+        if not (Path(name) / file).is_file():
+            raise UserError(f"{name} holds no {file}: give a folder that save_pretrained wrote")
         return {"pretrained_model_name_or_path": str(name)}
     repo, near = SHORT_NAMES.get(name, name), difflib.get_close_matches(name, [*SHORT_NAMES, "tiny"], 1)
     hint = f"did you mean {near[0]}? " if near and name not in SHORT_NAMES else ""
     try:
-        hub.get_hf_file_metadata(hub.hf_hub_url(repo, "config.json"), timeout=5)
+        hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=5)
         return {"pretrained_model_name_or_path": repo}
     except hub.errors.GatedRepoError:
         raise UserError(f"{repo} is gated: accept its licence at {hub.constants.ENDPOINT}/{repo} and set "
@@ -180,7 +180,7 @@ def check_available(name):
         raise UserError(f"{name!r} is no folder here and no model on the hub: {hint}known short names: tiny, "
                         f"{', '.join(SHORT_NAMES)}; a private model needs HF_TOKEN") from None
     except Exception as error:  # no network, a proxy, a time-out, HF_HUB_OFFLINE; the hub's cache may have it
-        if isinstance(hub.try_to_load_from_cache(repo, "config.json"), str):
+        if isinstance(hub.try_to_load_from_cache(repo, file), str):
             return {"pretrained_model_name_or_path": repo, "local_files_only": True}
         raise UserError(f"could not fetch {repo} from the hub ({' '.join(str(error).split())[:100]}): {hint}"
                         f"connect, or give the folder that `hf download {repo}` made elsewhere") from None

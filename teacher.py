@@ -1,37 +1,55 @@
 """Black-box teachers: a text goes in, a vector comes out; nothing of the teacher is trained or opened.
 
-    teacher = build_teacher("painter")                   # or painter:RHO, clip[:MODEL], vectors:FOLDER
+    teacher = build_teacher("painter")                   # "NAME[:ARGUMENT]" of TEACHERS
     teacher.name, teacher.dim                            # what it is, and d_e
     teacher.encode(["is a mouse bigger than a piano?"])  # float32 array (N, d_e)
+    python teacher.py --task rte --teacher stable-diffusion   # make the vectors ahead; once more to go on
 
 A teacher of your own is a class with these three names and one line in TEACHERS. A vector depends on its text
 alone, never on its neighbours in a list, so each is made once and kept.
 """
+import base64
+import functools
 import hashlib
+import io
+import json
+import os
 import re
 import sqlite3
 import sys
+import time
+import urllib.parse
+import urllib.request
 import zlib
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
-from data import OBJECTS, Parser, UserError, known
+from data import CACHE, OBJECTS, Parser, UserError, find_task, known, load_task, patiently
 
 class Teacher:
     """The interface: name (with all that changes a vector: it is the cache's key), dim, encode(texts)."""
 
-    costly = True  # dearer than a look-up in the cache
-    picture = None  # picture(text) -> uint8 (H, W, 3), of a teacher whose pictures can be looked at
+    costly = True   # dearer than a look-up in the cache
+    at_once = 256   # texts between two writes to the cache: what a kill can lose
+    picture = None  # picture(text) -> PIL image, of a teacher whose pictures can be looked at
 
-    def vectors(self, split, texts, limit):
-        """The first `limit` vectors of a split; only a folder of ready-made rows needs to know which."""
-        return self.encode(texts[:limit])
+    def items(self, split, texts):
+        """What encode() is given for each text, and the cache's key holds."""
+        return texts
 
     def too_long(self, texts):
         """How many of the texts the teacher does not read to their end."""
         return 0
+
+    def reader(self, split, texts, cache):
+        """rows -> their vectors, a list of (dim,), from where they lie; nan for one that is not there."""
+        keys = cache.keys(self.name, self.items(split, texts))
+        return lambda rows: [np.frombuffer(cache.get(keys[i]) or NOTHING, np.float32) for i in rows]
+
+NOTHING = np.float32(np.nan).tobytes()
 
 class Painter(Teacher):
     """A procedural text-to-picture function: a text's objects, side by side, 4 x 16 x 16 = 1024 numbers.
@@ -54,13 +72,20 @@ class Painter(Teacher):
         if not 0 <= self.rho <= 1:
             raise UserError(f"painter:{rho}: write painter:RHO with a dose RHO from 0 (noise) to 1 (picture)")
         self.name = f"painter:{self.rho:g}"
+        self.paint = functools.lru_cache(10_000)(self.paint)  # 80 MB at most: a small task is painted once
 
     def encode(self, texts):
         return np.array([self.paint(text).ravel() for text in texts], np.float32).reshape(-1, self.dim)
 
+    def reader(self, split, texts, cache):
+        return lambda rows: self.encode([texts[i] for i in rows])  # to paint anew is quick
+
     def picture(self, text):
+        from PIL import Image
+
         *colours, cover = self.paint(text)  # on white paper
-        return (255 * np.clip(np.stack(colours, -1) + 1 - cover[..., None], 0, 1)).astype(np.uint8)
+        pixels = 255 * np.clip(np.stack(colours, -1) + 1 - cover[..., None], 0, 1)
+        return Image.fromarray(pixels.astype(np.uint8))
 
     def paint(self, text):
         """What encode flattens, (4, 16, 16)."""
@@ -90,34 +115,218 @@ def _generator(*parts):
     return np.random.default_rng(
         int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "little"))
 
+# ---- models that see or draw -------------------------------------------------------------------------------
+def _device():
+    import torch
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+def _frozen(name, kind):
+    """(model, tokenizer) of a transformers class, without gradients, on the GPU where there is one."""
+    import transformers
+    from student import load_pretrained  # asks the hub once and words its refusals
+    model, tokenizer = load_pretrained(name or "openai/clip-vit-large-patch14", getattr(transformers, kind))
+    return model.eval().requires_grad_(False).to(_device()), tokenizer
+
 class Clip(Teacher):
     """The text side of CLIP's image-text space: where a picture of the text would lie, without drawing it."""
 
     def __init__(self, model):
-        import torch
-        from transformers import CLIPTextModelWithProjection
-
-        from student import load_pretrained  # asks the hub once and words its refusals
-
-        self.name = "clip:" + (model or "openai/clip-vit-large-patch14")
-        model, self.tokenizer = load_pretrained(self.name[5:], CLIPTextModelWithProjection)
-        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        # 768 numbers a vector; 77 tokens at most
-        self.dim, self.max_tokens = model.config.projection_dim, model.config.max_position_embeddings
+        self.model, self.tokenizer = _frozen(model, "CLIPTextModelWithProjection")
+        self.name, config = f"clip:{self.model.name_or_path}", self.model.config
+        self.dim, self.max_tokens = config.projection_dim, config.max_position_embeddings  # 768 and 77
 
     def too_long(self, texts):
         return sum(len(self.tokenizer(text, verbose=False)["input_ids"]) > self.max_tokens for text in texts)
 
     def encode(self, texts):
-        import torch
-
         out = np.zeros((len(texts), self.dim), np.float32)
-        with torch.inference_mode():
-            for i in range(0, len(texts), 64):
-                batch = self.tokenizer(list(texts[i:i + 64]), padding=True, truncation=True,
-                                       max_length=self.max_tokens, return_tensors="pt").to(self.model.device)
-                out[i:i + 64] = self.model(**batch).text_embeds.cpu().numpy()
+        for i in range(0, len(texts), 64):
+            batch = self.tokenizer(texts[i:i + 64], padding=True, truncation=True, max_length=self.max_tokens,
+                                   return_tensors="pt").to(self.model.device)
+            out[i:i + 64] = self.model(**batch).text_embeds.cpu().numpy()
         return out
+
+# Picture encoders: each makes a function, picture -> vector.
+def pixels(_):
+    """The colours themselves, 16 x 16 of them, -1 .. 1."""
+    return lambda picture: np.array(picture.resize((16, 16))).ravel() / 127.5 - 1
+
+def clip_pixels(model):
+    """The picture side of CLIP's image-text space, 768 numbers: what is to be seen, hardly where."""
+    from transformers import CLIPImageProcessorPil
+    model, _ = _frozen(model, "CLIPVisionModelWithProjection")
+    prepare = CLIPImageProcessorPil.from_pretrained(model.name_or_path)
+    return lambda picture: model(
+        **prepare(picture, return_tensors="pt").to(model.device)).image_embeds[0].cpu().numpy()
+
+def vae(model):
+    """Stable Diffusion's own eye: the 4 x 16 x 16 latent of the picture at 128 x 128, 1024 numbers."""
+    from diffusers import AutoencoderKL
+    from diffusers.image_processor import VaeImageProcessor
+    from student import check_available
+    model = AutoencoderKL.from_pretrained(**check_available(model or "stabilityai/sd-vae-ft-mse"),
+                                          use_safetensors=True).requires_grad_(False).to(_device())
+
+    def see(picture):
+        x = VaeImageProcessor().preprocess(picture, 128, 128).to(model.device)  # (1, 3, 128, 128), -1 .. 1
+        return (model.encode(x).latent_dist.mode() * model.config.scaling_factor).flatten().cpu().numpy()
+
+    return see
+
+ENCODERS = {"pixels": pixels, "clip": clip_pixels, "vae": vae}
+
+class Pictures(Teacher):
+    """A teacher whose pictures a picture encoder turns into vectors; a subclass gives picture(text)."""
+
+    at_once = 1  # a picture takes seconds and may cost money: a kill loses the one in work
+
+    def __init__(self, name, encoder):
+        from PIL import Image
+        make, model = split_spec(encoder or "pixels", ENCODERS, "picture encoder")
+        self.see, self.name = make(model), f"{name} by {encoder or 'pixels'}"
+        self.dim = len(self.see(Image.new("RGB", (64, 64))))
+
+    def encode(self, texts):
+        return np.array([self.see(self.picture(text)) for text in texts], np.float32)
+
+class StableDiffusion(Pictures):
+    """The paper's teacher: a 512 x 512 picture of the text, then image-to-image at 128 x 128 to a 4 x 16 x 16
+    latent; with a picture encoder, the first picture as that sees it. Each text is drawn alone from a seed of
+    its own, so that neither batch size nor order changes a vector."""
+
+    recipe = {"num_inference_steps": 20, "guidance_scale": 7.5}
+
+    def __init__(self, model, encoder):
+        import torch
+        from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+        from student import check_available
+        self.how = check_available(model or "stable-diffusion-v1-5/stable-diffusion-v1-5", "model_index.json")
+        draw = DiffusionPipeline.from_pretrained(  # no safety checker: its black squares would be data
+            **self.how, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
+            dtype=torch.float16 if _device() == "cuda" else torch.float32)
+        if _device() == "cuda" and torch.cuda.get_device_properties(0).total_memory < 6 << 30:
+            draw.enable_attention_slicing()  # slower, and fits 4 GiB
+        self.pipes = draw.to(_device()), AutoPipelineForImage2Image.from_pipe(draw)
+        for pipe in self.pipes:
+            pipe.set_progress_bar_config(disable=True)
+        self.latent, name = encoder is None, f"stable-diffusion:{draw.name_or_path} {self.recipe}"
+        if encoder:
+            super().__init__(name, encoder)
+        else:
+            self.name, self.dim = f"{name} strength 0.75", 256 * draw.vae.config.latent_channels  # 1024
+
+    def too_long(self, texts):
+        tokenizer = self.pipes[0].tokenizer
+        return sum(len(tokenizer(text)["input_ids"]) > tokenizer.model_max_length for text in texts)
+
+    def draw(self, stage, text, **more):
+        import torch
+        seed = torch.Generator().manual_seed(int(_generator("stable-diffusion", text).integers(2**63)))
+        return self.pipes[stage](text, generator=seed, **self.recipe, **more).images
+
+    def picture(self, text):
+        return self.draw(0, text)[0]
+
+    def encode(self, texts):
+        if not self.latent:
+            return super().encode(texts)
+        return np.stack([self.draw(1, text, image=self.picture(text).resize((128, 128)), strength=0.75,
+                                   output_type="latent").float().cpu().numpy().ravel() for text in texts])
+
+# ---- pictures of others ------------------------------------------------------------------------------------
+def _open(file):
+    """A picture from a path or file, in red, green and blue; OSError where it is not whole."""
+    from PIL import Image
+    return Image.open(file).convert("RGB")
+
+def _whole(data):
+    """The bytes of a picture, if all of it came."""
+    _open(io.BytesIO(data))
+    return data
+
+def _get(request):
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return answer.read()
+
+class Api(Pictures):
+    """An OpenAI-compatible images endpoint, api:https://HOST/v1#model=NAME&size=512x512: what follows # are
+    fields of each request. The key stands in OPENAI_API_KEY, goes to that host alone, is written nowhere."""
+
+    cache = None  # where bought pictures are kept: another encoder sees the same ones
+
+    def __init__(self, url, encoder):
+        super().__init__(f"api:{url}", encoder)
+        address, _, fields = url.partition("#")
+        self.url = address.removesuffix("/").removesuffix("/images/generations") + "/images/generations"
+        self.fields, self.key = dict(urllib.parse.parse_qsl(fields)), os.environ.get("OPENAI_API_KEY")
+        if not re.match(r"https?://[^/@]+(/|$)", self.url) or re.search("(key|token)=", url):
+            raise UserError("write api:https://HOST/v1#model=NAME&size=512x512; a key belongs into "
+                            "OPENAI_API_KEY, since the URL is stored with the run")
+        if self.key and not re.match(r"https:|http://(localhost|127\.0\.0\.1)[:/]", self.url):
+            raise UserError(f"http shows OPENAI_API_KEY to everyone on the way to {self.url}: use https")
+
+    def picture(self, text):
+        key = Cache.key(f"{self.url} {self.fields}", text)
+        found = self.cache and self.cache.get(key)
+        if not found:
+            found = self.ask(text)
+            if self.cache:
+                self.cache.put({key: found})
+        return _open(io.BytesIO(found))
+
+    def ask(self, text):
+        """The bytes of the picture that the endpoint makes of the text."""
+        what = f"{self.url} on {text[:80]!r}"
+        body = json.dumps({"n": 1, **self.fields, "prompt": text}).encode()
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        if self.key:
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
+
+        def generate():  # a picture that was cut on its way is asked for again
+            made = json.loads(_get(request))["data"][0]
+            return made["url"] if made.get("url") else _whole(base64.b64decode(made["b64_json"]))
+
+        made = patiently(generate, what, self.key)
+        if isinstance(made, str) and not re.match("https?://", made):
+            raise UserError(f"{what}: the answer's url {made[:80]!r} is not on the web")
+        return made if isinstance(made, bytes) else patiently(lambda: _whole(_get(made)), what, self.key)
+
+class ImageFolder(Pictures):
+    """Pictures that anyone made. FOLDER/manifest.jsonl has a line {"text": ..., "file": ...} for each, or
+    {"split": "train", "index": 0, "file": ...} for row 0 of train."""
+
+    at_once = 64
+
+    def __init__(self, folder, encoder):
+        super().__init__(f"images:{folder}", encoder)
+        self.manifest, self.files, number = Path(folder) / "manifest.jsonl", {}, 1
+        try:
+            for number, line in enumerate(self.manifest.read_text(encoding="utf-8").splitlines(), 1):
+                row = json.loads(line)
+                file = (Path(folder) / row["file"]).resolve()
+                if not file.is_relative_to(Path(folder).resolve()) or not file.is_file():
+                    raise ValueError(f"{row['file']} is no file inside the folder")
+                self.files[row["text"] if "text" in row else (row["split"], row["index"])] = file
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f'{self.manifest}:{number}: {error!r}: give each picture a line {{"text": ..., '
+                            '"file": ...} or {"split": "train", "index": 0, "file": ...}') from None
+
+    def items(self, split, texts):
+        """The file of each text and its state: one that was replaced since is another picture."""
+        found = []
+        for i, text in enumerate(texts):
+            file = self.files.get((split, i)) or self.files.get(text)
+            if not file:
+                raise UserError(f"{self.manifest} has no line for row {i} of {split}, {text[:80]!r}")
+            found.append(f"{file}\0{file.stat().st_size} bytes of {file.stat().st_mtime_ns}")
+        return found
+
+    def picture(self, item):
+        file = self.files.get(item) or item.partition("\0")[0]
+        try:
+            return _open(file)
+        except OSError as error:
+            raise UserError(f"{file} is not a whole picture ({error})") from None
 
 class VectorFolder(Teacher):
     """Ready-made vectors: FOLDER/train.npy, dev.npy, row i for example i of the official file."""
@@ -127,7 +336,8 @@ class VectorFolder(Teacher):
     def __init__(self, folder):
         self.folder, self.name = Path(folder), "vectors:" + folder
         if not folder or not (self.folder / "train.npy").is_file():
-            raise UserError(f"{self.name} has no train.npy: it holds train.npy, dev.npy, one row an example")
+            raise UserError(f"{self.folder / 'train.npy'} is missing: vectors:FOLDER wants train.npy and "
+                            "dev.npy, one row an example")
         self.dim = self.open("train").shape[1]
 
     def encode(self, texts):
@@ -139,99 +349,178 @@ class VectorFolder(Teacher):
             rows = np.load(path, mmap_mode="r", allow_pickle=False)  # unpickling runs a stranger's code
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is not a readable array ({error}): write it with numpy.save") from None
-        if rows.ndim != 2 or rows.dtype.kind != "f":
-            raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: expected floats")
+        if rows.ndim != 2 or rows.dtype.kind != "f" or not rows.flags.c_contiguous:
+            raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: expected rows of floats")
         return rows
 
-    def vectors(self, split, texts, limit):
+    def reader(self, split, texts, cache):
         rows = self.open(split)
         if rows.shape != (len(texts), self.dim):
             raise UserError(f"{self.folder / split}.npy has shape {rows.shape}, expected "
                             f"{(len(texts), self.dim)}: a row for each example in the file")
-        return np.asarray(rows[:limit], np.float32)
+        for i in range(0, len(rows), 4096):
+            _finite(self, rows[i:i + 4096], texts[i:i + 4096])
+        file, start, dtype = open(rows.filename, "rb"), rows.offset, rows.dtype
+        size = self.dim * dtype.itemsize
+        # Read, not mapped: the pages of a map count as this process's memory, after an epoch the whole file.
+        return lambda chosen: [np.frombuffer(os.pread(file.fileno(), size, start + i * size), dtype)
+                               for i in chosen]
 
-TEACHERS = {"painter": Painter, "clip": Clip, "vectors": VectorFolder}
+TEACHERS = {"painter": Painter, "clip": Clip, "stable-diffusion": StableDiffusion, "api": Api,
+            "images": ImageFolder, "vectors": VectorFolder}
 
-def check_spec(spec):
-    """"NAME[:ARGUMENT]" -> (class, argument). Builds nothing, so that a typo costs nothing."""
+def split_spec(spec, names=TEACHERS, what="teacher"):
+    """"NAME[:ARGUMENT]" -> (names[NAME], ARGUMENT). Builds nothing, so that a typo costs nothing."""
     name, _, argument = spec.partition(":")
-    return TEACHERS[known(name, TEACHERS, "teacher")], argument
+    return names[known(name, names, what)], argument
 
-def build_teacher(spec):
-    """A teacher from "painter[:RHO]", "clip[:MODEL]" or "vectors:FOLDER"; UserError says what is wrong."""
-    teacher, argument = check_spec(spec)
-    return teacher(argument)
+def build_teacher(spec, picture_encoder=None):
+    """A teacher from "NAME[:ARGUMENT]" of TEACHERS; UserError says what is wrong. picture_encoder is for those
+    that give pictures, NAME[:MODEL] of ENCODERS: pixels by default, but stable-diffusion's own latent."""
+    kind, argument = split_spec(spec)
+    try:
+        return kind(argument, picture_encoder) if issubclass(kind, Pictures) else kind(argument)
+    except ImportError as error:
+        raise UserError(f"{spec} needs {error.name}: pip install diffusers pillow") from None
 
+# ---- from a teacher to the vectors of a task ---------------------------------------------------------------
 class Cache:
-    """Vectors on disk by (teacher name, text): sqlite in WAL mode survives a kill and takes two writers."""
+    """Vectors and bought pictures on disk: sqlite in WAL mode survives a kill and takes two writers."""
 
     def __init__(self, folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(Path(folder) / "vectors.sqlite", timeout=60, isolation_level=None)
-        self.db.execute("PRAGMA journal_mode=WAL")
-        self.db.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, value BLOB, crc INTEGER)")
+        self.path = Path(folder) / "teachers.sqlite"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"):  # sqlite does not wait in the switch to WAL
+            self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+            self.db.execute("PRAGMA journal_mode=WAL")
+            self.db.execute("CREATE TABLE IF NOT EXISTS made (key INTEGER PRIMARY KEY, crc INTEGER, value BLOB)")
 
     @staticmethod
-    def key(teacher, text):
-        return hashlib.sha256(f"{teacher.name}\0{text}".encode()).digest()
+    def key(name, item):
+        """64 bits: among a million entries two share one with a chance under one in ten million."""
+        return int.from_bytes(hashlib.sha256(f"{name}\0{item}".encode()).digest()[:8], "little", signed=True)
 
-    def get(self, teacher, text):
-        """The vector (dim,), or None where there is none or its bytes are damaged."""
-        row = self.db.execute("SELECT value, crc FROM vectors WHERE key = ?",
-                              (self.key(teacher, text),)).fetchone()
-        whole = row and zlib.crc32(row[0]) == row[1] and len(row[0]) == 4 * teacher.dim
-        return np.frombuffer(row[0], np.float32) if whole else None
+    def keys(self, name, items):
+        return np.array([self.key(name, item) for item in items], np.int64)
 
-    def put(self, teacher, texts, vectors):
-        blobs = [np.ascontiguousarray(vector, np.float32).tobytes() for vector in vectors]
+    def missing(self, keys):
+        """The rows of `keys` (N,) that have no entry; 400,000 in under a second."""
+        there = np.fromiter((key for key, in self.db.execute("SELECT key FROM made")), np.int64)
+        return np.flatnonzero(~np.isin(keys, there)).tolist()
+
+    def get(self, key):
+        """The bytes, or None where there are none. Damaged ones are thrown away, to be made again."""
+        found = self.db.execute("SELECT value, crc FROM made WHERE key = ?", (int(key),)).fetchone()
+        if found and zlib.crc32(found[0]) == found[1]:
+            return found[0]
+        self.db.execute("DELETE FROM made WHERE key = ?", (int(key),))
+
+    def put(self, entries):
+        """entries: {key: bytes}"""
         self.db.execute("BEGIN IMMEDIATE")
-        self.db.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", [
-            (self.key(teacher, text), blob, zlib.crc32(blob)) for text, blob in zip(texts, blobs)])
+        self.db.executemany("INSERT OR REPLACE INTO made VALUES (?, ?, ?)",
+                            [(int(key), zlib.crc32(value), value) for key, value in entries.items()])
         self.db.execute("COMMIT")
 
-def teacher_vectors(teacher, split, texts, cache_dir, limit=None):
-    """float32 (N, dim), row i for texts[i], the first `limit` of them; a costly teacher makes each once."""
-    if not teacher.costly:
-        vectors = _finite(teacher, teacher.vectors(split, texts, limit), split, texts)
-    else:
-        cache, texts = Cache(cache_dir), texts[:limit]
-        missing = [text for text in dict.fromkeys(texts) if cache.get(teacher, text) is None]
-        if cut := teacher.too_long(missing):
-            print(f"{teacher.name}: {cut} of {len(missing)} {split} texts are too long for it and were cut",
-                  file=sys.stderr)
-        for i in tqdm(range(0, len(missing), 256), desc=teacher.name, disable=None if missing else True):
-            chunk = missing[i:i + 256]  # what a kill can lose
-            cache.put(teacher, chunk, _finite(teacher, teacher.encode(chunk), split, chunk))
-        vectors = np.array([cache.get(teacher, text) for text in texts])
-    return vectors
-
-def _finite(teacher, vectors, split, texts):
-    """The vectors, when all of them are finite; else a UserError that shows the text."""
+def _finite(teacher, vectors, names):
+    """float32 (n, dim), when all of them are there; else a UserError that names the first one that is not."""
     # DEVIATION: in the authors' code a missing vector becomes zeros, a picture that nobody made.
-    bad = ~np.isfinite(vectors).all(axis=1)
-    if bad.any():
-        raise UserError(f"{teacher.name} gave no finite vector for a text of {split}: "
-                        f"{texts[int(bad.argmax())][:80]!r}")
-    return vectors
+    for vector, name in zip(vectors, names):
+        if not np.isfinite(vector).all():
+            raise UserError(f"{teacher.name} has no finite vector for {name[:80]!r}: start again to remake it")
+    return np.array(vectors, np.float32)
+
+def fill(teacher, items, cache, most=None):
+    """Ask a costly teacher for what the cache lacks, each item once, `most` at most; returns how many."""
+    with FileLock(f"{cache.path}.{Cache.key(teacher.name, '')}.lock"):  # a second process finds them made
+        keys, teacher.cache = cache.keys(teacher.name, items), cache
+        missing = list({keys[i]: i for i in cache.missing(keys)}.values())
+        todo = missing[:most]
+        if todo and (cut := teacher.too_long([items[i] for i in todo])):
+            print(f"{teacher.name}: {cut} of {len(todo)} texts are too long for it, and cut", file=sys.stderr)
+        with tqdm(total=len(todo), desc=teacher.name, disable=None if todo else True) as bar:
+            for start in range(0, len(todo), teacher.at_once):
+                rows = todo[start:start + teacher.at_once]
+                vectors = _finite(teacher, teacher.encode([items[i] for i in rows]), [items[i] for i in rows])
+                cache.put({keys[i]: vector.tobytes() for i, vector in zip(rows, vectors)})
+                bar.update(len(rows))
+    if len(todo) < len(missing):
+        raise UserError(f"--max-pictures {most}: {len(missing) - most} are still to make; again goes on")
+    return len(todo)
+
+def open_vectors(teacher, task, examples, cache_dir, limit=None, most=None):
+    """({split: the function rows -> float32 (n, dim)}, how many were made now). MNLI's vectors are 1.6 GB, so
+    they are read a batch at a time. A costly teacher is not asked for training texts beyond `limit`."""
+    texts = {split: [task.prompt(example) for example in examples[split]] for split in ("train", "dev")}
+    cache, made = None, 0
+    if teacher.costly:
+        cache, texts["train"] = Cache(cache_dir), texts["train"][:limit]
+        made = fill(teacher, sum((teacher.items(split, texts[split]) for split in texts), []), cache, most)
+    readers = {split: teacher.reader(split, texts[split], cache) for split in texts}
+
+    def read(split, rows):
+        return _finite(teacher, readers[split](rows), [examples[split][i].where for i in rows])
+
+    # By the training root mean square (of 6,000 rows, evenly spread), not centred: beta means the same for
+    # every teacher.
+    n = len(texts["train"][:limit])
+    some = read("train", range(0, n, 1 + n // 6000))
+    rms = np.float32(np.sqrt(np.square(some, dtype=float).mean()) or 1)
+    return {split: lambda rows, split=split: read(split, rows) / rms for split in texts}, made
+
+# ---- the command line --------------------------------------------------------------------------------------
+def show(text, teacher, file):
+    """The teacher's picture of the text into a file, enlarged to about 512 pixels, none of them smoothed."""
+    image = teacher.picture(text)
+    factor = -(-512 // max(image.size))
+    image.resize([factor * side for side in image.size], 0).save(file)
+    print(f"wrote {file}")
+
+def make(args):
+    """All vectors of a task, ahead of training."""
+    task, began = find_task(args.task), time.perf_counter()
+    examples = load_task(task.name, args.data_dir, args.cache_dir)
+    teacher = build_teacher(args.teacher, args.picture_encoder)
+    _, made = open_vectors(teacher, task, examples, args.cache_dir, args.limit, args.max_pictures)
+    n = len(examples["train"][:args.limit]) + len(examples["dev"])
+    print(f"{teacher.name}: {n} vectors of {teacher.dim} numbers, {4e-6 * n * teacher.dim:.1f} MB; {made} "
+          f"made now, in {time.perf_counter() - began:.1f} s")
+
+def verify(cache):
+    keys = [key for key, in cache.db.execute("SELECT key FROM made")]
+    sizes = [len(value) for key in keys if (value := cache.get(key)) is not None]
+    print(f"{cache.path}: {len(sizes)} entries are whole, {sum(sizes) / 1e6:.1f} MB; thrown away as damaged: "
+          f"{len(keys) - len(sizes)}")
 
 def main(argv=None):
-    parser = Parser(prog="teacher.py", allow_abbrev=False, description="Look at what a teacher makes.")
-    parser.add_argument("--show", required=True, metavar="TEXT", help="Text to draw.")
-    parser.add_argument("--teacher", default="painter", help="A teacher with pictures (painter by default).")
-    parser.add_argument("--out", default="picture.png", help="File to write (picture.png by default).")
+    parser = Parser(prog="teacher.py", allow_abbrev=False,
+                    description="Make a task's teacher vectors ahead, check them, or look at a picture.")
+    for flag, help, default in (
+            ("task", "Task whose train and dev texts the teacher gets.", None),
+            ("teacher", f"One of {', '.join(TEACHERS)}, with :ARGUMENT where it takes one.", "painter"),
+            ("picture-encoder", "What looks at pictures: pixels, clip[:MODEL] or vae[:MODEL].", None),
+            ("data-dir", "Folder with the official files, as in train.py.", None),
+            ("cache-dir", "Folder for downloads and vectors.", CACHE),
+            ("limit", "Only the first N training texts.", 10**9), ("max-pictures", "Make N at most.", 10**9),
+            ("show", "Text to draw.", None), ("out", "File for the picture.", "picture.png")):
+        parser.add_argument(f"--{flag}", help=help, metavar="X", default=default, type=type(default or ""))
+    parser.add_argument("--verify", action="store_true", help="Throw damaged entries out of the cache.")
+    parser.add_argument("--offline", action="store_true", help="Use no network.")
     args = parser.parse_args(argv)
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        if check_spec(args.teacher)[0].picture is None:  # before anything is loaded
-            raise UserError(f"{args.teacher} has no picture to show: try --teacher painter")
-        pixels = build_teacher(args.teacher).picture(args.show)
-        from PIL import Image
-
-        factor = -(-512 // max(pixels.shape))  # to 512 pixels or somewhat more, none of them smoothed
-        Image.fromarray(pixels.repeat(factor, axis=0).repeat(factor, axis=1)).save(args.out)
-        print(f"wrote {args.out}")
-    except ImportError:
-        parser.exit(2, "teacher.py: error: --show needs pillow: pip install pillow\n")
-    except (UserError, OSError, ValueError) as error:  # no such teacher, folder, file type
+        if args.show:
+            if split_spec(args.teacher)[0].picture is None:  # before anything is loaded
+                raise UserError(f"{args.teacher} has no picture to show: try --teacher painter")
+            show(args.show, build_teacher(args.teacher, args.picture_encoder), args.out)
+        if args.verify:
+            verify(Cache(args.cache_dir))
+        if args.task:
+            make(args)
+        if not (args.show or args.verify or args.task):
+            raise UserError("nothing to do: give --task, --verify or --show")
+    except (UserError, OSError, ValueError, sqlite3.Error) as error:  # no such teacher, folder, file type
         parser.exit(2, f"teacher.py: error: {error}\n")
 
 if __name__ == "__main__":

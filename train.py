@@ -13,10 +13,12 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import resource
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -25,7 +27,7 @@ from pathlib import Path
 
 from data import (CACHE, Parser, UserError, collate, encode, find_task, known, length_grouped_batches,
                   load_task)
-from teacher import build_teacher, check_spec, teacher_vectors
+from teacher import ENCODERS, build_teacher, open_vectors, split_spec
 
 # ---- configuration: every field is a flag ------------------------------------------------------------------
 def option(default, help, low=-math.inf, high=math.inf, above=-math.inf, choices=()):
@@ -57,11 +59,15 @@ class Config:
 
     task: str = option(None, "Task to learn: objects (built in) or an understanding task such as rte.")
     student: str = option(None, "Short name such as opt-1.3b, hub id, local folder, or tiny.")
-    teacher: str = option(None, "One of painter[:RHO], clip[:MODEL] and vectors:FOLDER.")
+    teacher: str = option(None, "One of painter[:RHO], clip[:MODEL], stable-diffusion[:MODEL], api:URL, "
+                                "images:FOLDER and vectors:FOLDER.")
+    picture_encoder: str = option(None, "What looks at a teacher's pictures: pixels, clip[:MODEL], vae[:MODEL].")
+    max_pictures: int = option(None, "Let a teacher make at most so many vectors, then stop.", low=0)
     arms: tuple = option(None, f"Arms, with commas, of {', '.join(ARMS)}.")
     seeds: tuple = option(None, "Seeds to repeat them with, with commas.")
     data_dir: str = option(None, "Folder with the official RTE/, CoLA/ ...; without it they are downloaded.")
     cache_dir: str = option(CACHE, "Folder for downloads and teacher vectors.")
+    offline: bool = option(False, "Use no network: only what is here or in the caches.")
     out: str = option(None, "Folder to write; runs/TASK by default, or runs/TASK-2 ... when that is taken.")
     resume: str = option(None, "Run, or one ARM/SEED of it, to go on with; it remembers its other flags.")
     # DEVIATION: the paper reports three kinds; our default compares each text with its own picture.
@@ -111,7 +117,11 @@ class Config:
                                     + (f" and at most {high}" if high < math.inf else ""))
         self.task = None if self.task is None else find_task(self.task).name
         if self.teacher:
-            check_spec(self.teacher)
+            split_spec(self.teacher)
+        if self.picture_encoder:
+            split_spec(self.picture_encoder, ENCODERS, "--picture-encoder")
+        if self.offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # which the hub's own library and data.patiently ask
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UserError(f"--device {self.device}: choose auto, cpu, cuda, cuda:N or mps")
 
@@ -139,18 +149,18 @@ def resolve(config):
 
 def resume_config(folder, typed):
     """The Config that a run (a grid or one cell) was started with; UserError where a typed flag differs."""
-    folder = Path(folder)
+    folder, now = Path(folder), {name: typed[name] for name in ("offline", "max_pictures") if name in typed}
     try:
         saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
     except (OSError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"--resume {folder}: no run there, or not one of this version ({error}); "
                         f"start one with --out {folder}") from None
     differ = [f"--{name.replace('_', '-')} is {getattr(saved, name)}, not {getattr(wanted, name)}" for name in
-              typed if name not in ("resume", "out") and getattr(saved, name) != getattr(wanted, name)]
+              typed if name not in ("resume", "out", *now) and getattr(saved, name) != getattr(wanted, name)]
     if differ:
         raise UserError(f"--resume {folder}: this run's {'; '.join(differ)}: leave it out, or start another")
     is_cell = folder.resolve().parts[-2:] == (saved.arms[0], str(saved.seeds[0]))
-    return replace(saved, resume=str(folder), out=str(folder.parent.parent if is_cell else folder))
+    return replace(saved, **now, resume=str(folder), out=str(folder.parent.parent if is_cell else folder))
 
 def configure(argv=None):
     """Command line -> a resolved Config, or one line on stderr and exit status 2."""
@@ -206,13 +216,14 @@ def precision(config):
     device = torch.device(auto if config.device == "auto" else config.device)
     if (device.index or 0) >= torch.get_device_module(device).device_count():
         raise UserError(f"--device {config.device}: torch sees no such device here; try --device {auto}")
-    best = "off"
+    best, why = "off", f"float32 on {device.type}"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: 10-bit mantissas in products, several times faster
-        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        best, why = ("bf16", "the GPU has it") if bf16 else ("fp16", "the GPU has no bf16")
     elif config.amp == "fp16":
         raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
-    amp, why = (best, "the best here") if config.amp == "auto" else (config.amp, "as asked")
+    amp, why = (best, why) if config.amp == "auto" else (config.amp, "as asked")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     autocast = (lambda: torch.autocast(device.type, dtype=dtype)) if dtype else nullcontext
     # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range.
@@ -286,26 +297,20 @@ class Data:
     def __init__(self, config):
         self.task = find_task(config.task)
         self.splits = load_task(config.task, config.data_dir, config.cache_dir)
-        self.rows, self.vectors = {}, {}  # token ids by split; teacher vectors by teacher and split
-        texts = {split: [self.task.prompt(example) for example in self.splits[split]]
-                 for split in ("train", "dev")}
+        self.rows, self.vectors = {}, {}  # token ids by split; readers of vectors by teacher and split
         arms = [replace(config, **ARMS[arm]) for arm in config.arms]
         wanted = dict.fromkeys(arm.teacher for arm in arms if is_distilled(arm))
         # --teacher itself first: its width is that of the projection, which an undistilled arm has too.
         for spec in {config.teacher: None, **wanted}:
-            teacher, found = build_teacher(spec), {}
+            teacher = build_teacher(spec, config.picture_encoder)
             if spec == config.teacher:
                 self.dim = teacher.dim
             if (config.proj_dim or self.dim) > teacher.dim:
                 raise UserError(f"--proj-dim {config.proj_dim or self.dim} is more than the {teacher.dim} of "
                                 f"{spec}: give --proj-dim {teacher.dim} or less")
             if spec in wanted:
-                for split in texts:  # training texts beyond --limit are not paid for
-                    limit = config.limit if split == "train" else None
-                    found[split] = teacher_vectors(teacher, split, texts[split], config.cache_dir, limit)
-                # By the training root mean square, not centred: beta means the same for every teacher.
-                rms = np.float32(np.sqrt(np.mean(np.square(found["train"], dtype=np.float64))) or 1.0)
-                self.vectors[spec] = {split: torch.from_numpy(rows / rms) for split, rows in found.items()}
+                self.vectors[spec], _ = open_vectors(teacher, self.task, self.splits, config.cache_dir,
+                                                     config.limit, config.max_pictures)
         self.splits["train"] = self.splits["train"][:config.limit]
         self.labels = torch.tensor([example.label for example in self.splits["train"]])  # (N,) int64/float32
 
@@ -324,15 +329,17 @@ class Data:
 
     def lookup(self, config, seed):
         """The function rows -> their teacher vectors (n, d_e): here the controls part from the method."""
-        vectors, source = self.vectors[config.teacher]["train"], np.arange(len(self.labels))
+        read, n = self.vectors[config.teacher]["train"], len(self.labels)
+        source = np.arange(n)
         if config.pairing == "noise":  # fixed per example, as a picture is
-            mean, deviation, draw = vectors.mean(0), vectors.std(0, correction=0), torch.Generator()
+            some, draw = torch.from_numpy(read(range(0, n, 1 + n // 6000))), torch.Generator()
+            mean, deviation = some.mean(0), some.std(0, correction=0)
             return lambda rows: torch.stack([mean + deviation * torch.randn(
                 len(mean), generator=draw.manual_seed(seed_of(seed, "noise", row))) for row in rows])
         if config.pairing == "shuffled":  # one fixed derangement a seed, a single cycle; dev stays as it is
             order = np.random.default_rng(seed_of(seed, "shuffled")).permutation(source)
             source[order] = np.roll(order, 1)
-        return lambda rows: vectors[source[rows]]
+        return lambda rows: torch.from_numpy(read(source[rows]))
 
 def is_distilled(config):
     """Whether a configuration looks at the teacher at all."""
@@ -361,7 +368,7 @@ class Cell:
         self.aligner = self.vectors = None
         if is_distilled(config):
             self.vectors, self.lookup = data.vectors[config.teacher], data.lookup(config, self.seed)
-            self.aligner = TSAligner(self.vectors["dev"].size(1), labels, proj_dim=proj_dim)
+            self.aligner = TSAligner(self.vectors["dev"]([0]).shape[1], labels, proj_dim=proj_dim)
         models = [("aligner", self.aligner), ("student", self.student)]  # in the order of an epoch
         self.models = torch.nn.ModuleDict([pair for pair in models if pair[1]]).to(self.device)
         if data.task.kind == "regress" and not saved:  # a relu starting below 0 stays there: one seed in ten
@@ -425,9 +432,13 @@ class Cell:
         """The aligner's own scores on the dev split's true vectors, and how well p_s meets its p_t."""
         if self.aligner is None:
             return {"aligner": None, "spaces": None}
-        logits, _, p_t = self.aligner.eval()(self.vectors["dev"].to(self.device))
-        scores = evaluation.score(self.data.task, self.data.splits["dev"], predictions(logits).tolist())
-        p_t, p_s = p_t[:len(p_s)].cpu().numpy(), torch.stack(p_s).numpy()
+        answers, n, p_t = [], len(self.data.splits["dev"]), None
+        for start in range(0, n, len(p_s)):  # as many at once as p_s were kept: the first batch is theirs
+            e = torch.from_numpy(self.vectors["dev"](range(start, min(n, start + len(p_s))))).to(self.device)
+            out = self.aligner.eval()(e)
+            answers, p_t = answers + predictions(out.logits).tolist(), out.proj if p_t is None else p_t
+        scores = evaluation.score(self.data.task, self.data.splits["dev"], answers)
+        p_t, p_s = p_t.cpu().numpy(), torch.stack(p_s).numpy()
         return {"aligner": scores, "spaces": {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s),
                                               "cka": evaluation.linear_cka(p_t, p_s)}}
 
@@ -541,6 +552,7 @@ def train(config):
     Raises UserError for whatever the caller can mend, before a model is loaded wherever that is possible."""
     config = resolve(resume_config(config.resume, {}) if config.resume and not config.out else config)
     out = Path(config.out)
+    fresh = not out.exists()
     if not config.resume and any(out.glob("*/*/log.jsonl")):
         raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give another --out")
     cells = {(seed, arm): out / arm / str(seed) for seed in config.seeds for arm in config.arms}
@@ -552,11 +564,16 @@ def train(config):
               f"arms {','.join(config.arms)}, seeds {config.seeds}, writing {out}", flush=True)
         if not config.resume:  # first, so that --resume can start what never began
             write_json(out / "config.json", vars(config))
-        data = Data(config)
-    for (seed, arm), folder in todo.items():
-        cell = replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
-        write_json(folder / "config.json", vars(cell))
-        run(Cell(cell, data, folder))
+    try:
+        data = Data(config) if todo else None
+        for (seed, arm), folder in todo.items():
+            cell = replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
+            write_json(folder / "config.json", vars(cell))
+            run(Cell(cell, data, folder))
+    except UserError:
+        if fresh and not any(out.glob("*/*/log.jsonl")):  # a mistake before the first step leaves nothing
+            shutil.rmtree(out)
+        raise
     return {arm: {seed: json.loads((cells[seed, arm] / "metrics.json").read_text()) for seed in config.seeds}
             for arm in config.arms}
 
@@ -572,7 +589,7 @@ def main(argv=None):
         fail(error)
     except torch.OutOfMemoryError:
         fail("out of memory: try a smaller --micro-batch or --max-length, --grad-checkpoint on or --amp bf16")
-    except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
+    except (OSError, SafetensorError, sqlite3.Error) as error:  # a full disk; a folder that cannot be written
         fail(f"{error}; what was saved is whole: mend this and --resume {config.out}")
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python train.py --resume {config.out}", file=sys.stderr)

@@ -1,5 +1,7 @@
 """Tiny models and tiny official files, made on the spot: no test needs a network or data from elsewhere."""
+import http.server
 import json
+import threading
 
 import pytest
 import torch
@@ -106,3 +108,40 @@ def official(tmp_path_factory):
         if task.name != "objects":
             write_official(task, root)
     return str(root)
+
+@pytest.fixture
+def loopback():
+    """loopback(answer) -> the URL of a server on this machine; answer(request, body) writes each response."""
+    servers = []
+
+    def serve(answer):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                try:
+                    answer(self, body)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # the client hung up first
+
+            do_POST = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+def respond(request, content=b"", status=200, length=None, **headers):
+    """A whole HTTP response; `length` may promise more bytes than come."""
+    request.send_response(status)
+    for name, value in headers.items():
+        request.send_header(name.replace("_", "-"), value)
+    request.send_header("Content-Length", str(len(content) if length is None else length))
+    request.end_headers()
+    request.wfile.write(content)

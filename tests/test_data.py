@@ -1,5 +1,4 @@
 """Tasks, official files, shortening, batches. Read beside data.py."""
-import http.server
 import io
 import json
 import random
@@ -15,7 +14,7 @@ import data
 from data import KEEP, OBJECTS, TASKS, Example, UserError, collate, encode, find_task
 from data import length_grouped_batches, load_task
 from student import _tiny
-from tests.conftest import SUPERGLUE, write_official
+from tests.conftest import SUPERGLUE, respond, write_official
 
 UNDERSTANDING = [name for name in TASKS if name != "objects"]
 
@@ -123,48 +122,137 @@ def test_a_file_that_is_missing_or_not_utf8_and_a_task_that_is_unknown_are_named
     with pytest.raises(UserError, match="unknown task 'rtee': did you mean rte?"):
         find_task("rtee")
 
+# ---- fetching them: from a server on this machine that breaks, stalls, truncates and lies ------------------
 @pytest.fixture
-def archive_server():
-    """A loopback server of one zip file; .body and .status can be set."""
-    class Archive(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(self.server.status)
-            self.end_headers()
-            self.wfile.write(self.server.body)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Archive)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.status, server.url = 200, f"http://127.0.0.1:{server.server_port}/RTE.zip"
-    yield server
-    server.shutdown()
-    server.server_close()
-
-def test_an_archive_is_fetched_once_and_unpacked(archive_server, tmp_path, monkeypatch):
-    root, packed = write_official(TASKS["rte"], tmp_path / "made"), io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
+def packed(tmp_path):
+    """The bytes of a small RTE.zip, as the official archive is laid out."""
+    root, file = write_official(TASKS["rte"], tmp_path / "made"), io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
         for path in sorted((tmp_path / "made").rglob("*.jsonl")):
             archive.write(path, path.relative_to(root))
-    archive_server.body = packed.getvalue()
-    monkeypatch.setitem(data.ARCHIVES, "rte", archive_server.url)
+    return file.getvalue()
+
+@pytest.fixture
+def mirror(loopback, monkeypatch):
+    """mirror(answer): every address of ARCHIVES now leads to that server, and nobody waits between tries."""
+    def set_up(answer):
+        monkeypatch.setenv("ARMADA_MIRROR", loopback(answer))
+
+    waits = []
+    monkeypatch.setattr(data.time, "sleep", waits.append)
+    set_up.waits = waits
+    return set_up
+
+def test_an_archive_is_fetched_once_from_the_mirror_and_unpacked(mirror, packed, tmp_path):
+    asked = []
+    mirror(lambda request, body: (asked.append(request.path), respond(request, packed)))
     folder = data.download(TASKS["rte"], tmp_path / "cache")
-    assert (len(load_task("rte", folder)["train"]) == 12
-            and [path.name for path in folder.iterdir()] == ["RTE"])
-    archive_server.status = 500
-    assert data.download(TASKS["rte"], tmp_path / "cache") == folder  # nothing is asked a second time
+    assert len(load_task("rte", folder)["train"]) == 12
+    assert {path.name for path in folder.iterdir()} <= {"RTE", "RTE.lock"}
+    assert data.download(TASKS["rte"], tmp_path / "cache") == folder
+    assert asked == ["/glue/superglue/data/v2/RTE.zip"]  # once
     with pytest.raises(UserError, match=r"\(12, 6\) rows in train and dev, not \(2490, 277\)"):
         load_task("rte", None, tmp_path / "cache")  # what we fetched ourselves must be whole
 
-@pytest.mark.parametrize("status, body", [(404, b""), (200, b"PK half of a zip file")])
+def test_a_broken_transfer_goes_on_where_it_stopped_also_in_the_next_run(mirror, packed, tmp_path):
+    ranges = []
+
+    def answer(request, body):
+        """Each answer stops after 300 bytes."""
+        ranges.append(request.headers.get("Range"))
+        start = int((ranges[-1] or "bytes=0-")[6:-1])
+        respond(request, packed[start:start + 300], 206 if start else 200, length=len(packed) - start)
+
+    mirror(answer)
+    for _ in range(len(packed) // 1200 + 1):
+        try:
+            folder = data.download(TASKS["rte"], tmp_path)
+        except UserError as error:
+            assert f"of {len(packed)} bytes came" in str(error)
+    assert len(load_task("rte", folder)["train"]) == 12
+    assert ranges == [None] + [f"bytes={start}-" for start in range(299, len(packed), 299)]
+
+def test_a_server_that_knows_no_ranges_is_asked_from_the_start(mirror, packed, tmp_path):
+    answers = iter([packed[:300], packed])
+    mirror(lambda request, body: respond(request, next(answers), length=len(packed)))
+    assert len(load_task("rte", data.download(TASKS["rte"], tmp_path))["train"]) == 12
+
+def test_an_overloaded_server_is_asked_again_after_growing_pauses_or_as_it_says(mirror, packed, tmp_path):
+    answers = iter([(b"", 503, None, {}), (b"", 429, None, {"Retry_After": "7"}), (packed, 200, None, {})])
+
+    def answer(request, body):
+        *how, headers = next(answers)
+        respond(request, *how, **headers)
+
+    mirror(answer)
+    data.download(TASKS["rte"], tmp_path)
+    assert mirror.waits == [1, 7]
+
+def test_a_line_that_stalls_is_given_up_after_a_while(mirror, tmp_path, monkeypatch):
+    real = data.urllib.request.urlopen
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda request, timeout: real(request, timeout=0.1))
+    over = threading.Event()
+    mirror(lambda request, body: over.wait(20))
+    with pytest.raises(UserError, match="RTE.zip.*timed out"):
+        data.download(TASKS["rte"], tmp_path)
+    over.set()
+
+def climbing(name):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, "mine")
+    return file.getvalue()
+
+@pytest.mark.parametrize("status, body, says", [
+    (404, b"", "404"), (200, b"PK half of a zip file", "not a zip file"),
+    (200, climbing("../evil"), "evil would leave the folder"), (200, climbing("/etc/evil"), "would leave"),
+    (200, climbing("CB/train.jsonl"), "RTE")])
 def test_an_archive_that_cannot_be_had_is_one_line_and_leaves_nothing(
-        archive_server, tmp_path, monkeypatch, status, body):
-    archive_server.status, archive_server.body = status, body
-    monkeypatch.setitem(data.ARCHIVES, "rte", archive_server.url)
-    with pytest.raises(UserError, match="could not fetch http://127.0.0.1.*give --data-dir FOLDER"):
-        load_task("rte", None, tmp_path)
-    assert list((tmp_path / "data").iterdir()) == []
+        mirror, tmp_path, status, body, says):
+    mirror(lambda request, _: respond(request, body, status))
+    with pytest.raises(UserError, match=f"(?s)RTE.zip.*{says}") as error:
+        load_task("rte", None, tmp_path / "cache")
+    assert "give --data-dir FOLDER" in str(error.value) and "\n" not in str(error.value)
+    assert {path.name for path in tmp_path.rglob("*")} <= {"cache", "data", "RTE.lock"}
+
+def test_a_member_whose_checksum_is_wrong_is_refused(mirror, packed, tmp_path):
+    damaged = packed.replace(b"stands here", b"stands Here", 1)
+    mirror(lambda request, _: respond(request, damaged))
+    with pytest.raises(UserError, match="damaged files .*CRC"):
+        data.download(TASKS["rte"], tmp_path)
+
+def test_two_downloads_at_once_are_one(mirror, packed, tmp_path):
+    asked = []
+    mirror(lambda request, _: (asked.append(1), respond(request, packed)))
+    threads = [threading.Thread(target=data.download, args=(TASKS["rte"], tmp_path)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(asked) == 1
+
+def test_offline_uses_what_is_there_and_asks_for_nothing(mirror, packed, tmp_path, monkeypatch):
+    mirror(lambda request, _: respond(request, packed))
+    data.download(TASKS["rte"], tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    mirror(lambda request, _: pytest.fail("asked"))
+    assert (data.download(TASKS["rte"], tmp_path) / "RTE").is_dir()
+    with pytest.raises(UserError, match="--offline, but there is no copy here of .*CB.zip"):
+        data.download(TASKS["cb"], tmp_path)
+
+def test_mrpc_is_put_together_from_its_three_lists(mirror, tmp_path):
+    """GLUE's dev set are the training rows whose two ids stand in a list of pairs."""
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    rows = [f"{i % 2}\t{i}\t{i + 50}\tone {i} .\tother {i} .\r\n" for i in range(10)]
+    files = {"train.txt": header + "".join(rows), "test.txt": header + rows[0],
+             "dev_ids.tsv": "3\t53\n8\t58\n4\t99\n"}
+    mirror(lambda request, _: respond(request, next(
+        text for name, text in files.items() if request.path.endswith(name)).encode()))
+    splits = load_task("mrpc", data.download(TASKS["mrpc"], tmp_path))
+    assert [e.fields["sentence1"] for e in splits["dev"]] == ["one 3 .", "one 8 ."]
+    assert [e.idx for e in splits["train"]] == list(range(8))
+    assert [e.fields["sentence2"] for e in splits["train"]] == [f"other {i} ." for i in range(10) if i not in (3, 8)]
+    assert [e.label for e in splits["dev"]] == [1, 0] and len(splits["test"]) == 1
 
 # ---- objects -----------------------------------------------------------------------------------------------
 def test_objects_shares_no_pair_between_splits_in_either_order_and_shows_every_object_in_training():
