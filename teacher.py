@@ -1,12 +1,11 @@
 """Black-box teachers: a text goes in, a vector comes out; nothing of the teacher is trained or opened.
 
     teacher = build_teacher("painter")                   # "NAME[:ARGUMENT]" of TEACHERS
-    teacher.name, teacher.dim                            # what it is, and d_e
-    teacher.encode(["is a mouse bigger than a piano?"])  # float32 array (N, d_e)
+    teacher.encode(["is a mouse bigger than a piano?"])  # float32 array (N, teacher.dim)
     python teacher.py --task rte --teacher stable-diffusion   # make the vectors ahead; once more to go on
 
-A teacher of your own is a class with these three names and one line in TEACHERS. A vector depends on its text
-alone, never on its neighbours in a list, so each is made once and kept.
+A teacher of your own is a class with name, dim and encode, and one line in TEACHERS. A vector depends on its
+text alone, never on its neighbours in a list, so each is made once and kept.
 """
 import base64
 import functools
@@ -32,24 +31,13 @@ from data import CACHE, OBJECTS, Parser, UserError, find_task, known, load_task,
 class Teacher:
     """The interface: name (with all that changes a vector: it is the cache's key), dim, encode(texts)."""
 
-    costly = True   # dearer than a look-up in the cache
-    at_once = 256   # texts between two writes to the cache: what a kill can lose
-    picture = None  # picture(text) -> PIL image, of a teacher whose pictures can be looked at
+    costly = True     # asked once a text, by way of the cache; else it has reader(split, texts), as below
+    at_once = 256     # texts between two writes to the cache: what a kill can lose
+    tokenizer = None  # of a teacher that reads max_tokens of a text and no more
 
     def items(self, split, texts):
         """What encode() is given for each text, and the cache's key holds."""
         return texts
-
-    def too_long(self, texts):
-        """How many of the texts the teacher does not read to their end."""
-        return 0
-
-    def reader(self, split, texts, cache):
-        """rows -> their vectors, a list of (dim,), from where they lie; nan for one that is not there."""
-        keys = cache.keys(self.name, self.items(split, texts))
-        return lambda rows: [np.frombuffer(cache.get(keys[i]) or NOTHING, np.float32) for i in rows]
-
-NOTHING = np.float32(np.nan).tobytes()
 
 class Painter(Teacher):
     """A procedural text-to-picture function: a text's objects, side by side, 4 x 16 x 16 = 1024 numbers.
@@ -77,12 +65,11 @@ class Painter(Teacher):
     def encode(self, texts):
         return np.array([self.paint(text).ravel() for text in texts], np.float32).reshape(-1, self.dim)
 
-    def reader(self, split, texts, cache):
+    def reader(self, split, texts):
         return lambda rows: self.encode([texts[i] for i in rows])  # to paint anew is quick
 
     def picture(self, text):
         from PIL import Image
-
         *colours, cover = self.paint(text)  # on white paper
         pixels = 255 * np.clip(np.stack(colours, -1) + 1 - cover[..., None], 0, 1)
         return Image.fromarray(pixels.astype(np.uint8))
@@ -135,9 +122,6 @@ class Clip(Teacher):
         self.name, config = f"clip:{self.model.name_or_path}", self.model.config
         self.dim, self.max_tokens = config.projection_dim, config.max_position_embeddings  # 768 and 77
 
-    def too_long(self, texts):
-        return sum(len(self.tokenizer(text, verbose=False)["input_ids"]) > self.max_tokens for text in texts)
-
     def encode(self, texts):
         out = np.zeros((len(texts), self.dim), np.float32)
         for i in range(0, len(texts), 64):
@@ -146,32 +130,28 @@ class Clip(Teacher):
             out[i:i + 64] = self.model(**batch).text_embeds.cpu().numpy()
         return out
 
-# Picture encoders: each makes a function, picture -> vector.
+# Picture encoders: each makes a function picture -> vector.
 def pixels(_):
     """The colours themselves, 16 x 16 of them, -1 .. 1."""
     return lambda picture: np.array(picture.resize((16, 16))).ravel() / 127.5 - 1
 
-def clip_pixels(model):
+def clip_pixels(name):
     """The picture side of CLIP's image-text space, 768 numbers: what is to be seen, hardly where."""
     from transformers import CLIPImageProcessorPil
-    model, _ = _frozen(model, "CLIPVisionModelWithProjection")
+    model, _ = _frozen(name, "CLIPVisionModelWithProjection")
     prepare = CLIPImageProcessorPil.from_pretrained(model.name_or_path)
     return lambda picture: model(
         **prepare(picture, return_tensors="pt").to(model.device)).image_embeds[0].cpu().numpy()
 
-def vae(model):
+def vae(name):
     """Stable Diffusion's own eye: the 4 x 16 x 16 latent of the picture at 128 x 128, 1024 numbers."""
-    from diffusers import AutoencoderKL
-    from diffusers.image_processor import VaeImageProcessor
+    from diffusers import AutoencoderKL, image_processor
     from student import check_available
-    model = AutoencoderKL.from_pretrained(**check_available(model or "stabilityai/sd-vae-ft-mse"),
+    model = AutoencoderKL.from_pretrained(**check_available(name or "stabilityai/sd-vae-ft-mse"),
                                           use_safetensors=True).requires_grad_(False).to(_device())
-
-    def see(picture):
-        x = VaeImageProcessor().preprocess(picture, 128, 128).to(model.device)  # (1, 3, 128, 128), -1 .. 1
-        return (model.encode(x).latent_dist.mode() * model.config.scaling_factor).flatten().cpu().numpy()
-
-    return see
+    prepare = image_processor.VaeImageProcessor().preprocess  # to -1 .. 1, in which the VAE was trained
+    return lambda picture: (model.config.scaling_factor * model.encode(
+        prepare(picture, 128, 128).to(model.device)).latent_dist.mode()).flatten().cpu().numpy()
 
 ENCODERS = {"pixels": pixels, "clip": clip_pixels, "vae": vae}
 
@@ -183,7 +163,7 @@ class Pictures(Teacher):
     def __init__(self, name, encoder):
         from PIL import Image
         make, model = split_spec(encoder or "pixels", ENCODERS, "picture encoder")
-        self.see, self.name = make(model), f"{name} by {encoder or 'pixels'}"
+        self.see, self.name = make(model), f"{name} {encoder or ''}"
         self.dim = len(self.see(Image.new("RGB", (64, 64))))
 
     def encode(self, texts):
@@ -200,24 +180,19 @@ class StableDiffusion(Pictures):
         import torch
         from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
         from student import check_available
-        self.how = check_available(model or "stable-diffusion-v1-5/stable-diffusion-v1-5", "model_index.json")
+        how = check_available(model or "stable-diffusion-v1-5/stable-diffusion-v1-5", "model_index.json")
         draw = DiffusionPipeline.from_pretrained(  # no safety checker: its black squares would be data
-            **self.how, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
+            **how, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
             dtype=torch.float16 if _device() == "cuda" else torch.float32)
         if _device() == "cuda" and torch.cuda.get_device_properties(0).total_memory < 6 << 30:
             draw.enable_attention_slicing()  # slower, and fits 4 GiB
         self.pipes = draw.to(_device()), AutoPipelineForImage2Image.from_pipe(draw)
         for pipe in self.pipes:
             pipe.set_progress_bar_config(disable=True)
-        self.latent, name = encoder is None, f"stable-diffusion:{draw.name_or_path} {self.recipe}"
-        if encoder:
-            super().__init__(name, encoder)
-        else:
-            self.name, self.dim = f"{name} strength 0.75", 256 * draw.vae.config.latent_channels  # 1024
-
-    def too_long(self, texts):
-        tokenizer = self.pipes[0].tokenizer
-        return sum(len(tokenizer(text)["input_ids"]) > tokenizer.model_max_length for text in texts)
+        self.tokenizer, self.max_tokens = draw.tokenizer, draw.tokenizer.model_max_length  # 77
+        super().__init__(f"stable-diffusion:{draw.name_or_path} {self.recipe}", encoder)
+        if not encoder:
+            self.see, self.dim = None, 256 * draw.vae.config.latent_channels  # 1024
 
     def draw(self, stage, text, **more):
         import torch
@@ -228,25 +203,24 @@ class StableDiffusion(Pictures):
         return self.draw(0, text)[0]
 
     def encode(self, texts):
-        if not self.latent:
+        if self.see:
             return super().encode(texts)
         return np.stack([self.draw(1, text, image=self.picture(text).resize((128, 128)), strength=0.75,
                                    output_type="latent").float().cpu().numpy().ravel() for text in texts])
 
-# ---- pictures of others ------------------------------------------------------------------------------------
+# ---- pictures that others make -----------------------------------------------------------------------------
 def _open(file):
-    """A picture from a path or file, in red, green and blue; OSError where it is not whole."""
+    """A picture from a path or bytes, in red, green and blue; OSError where it is not whole."""
     from PIL import Image
-    return Image.open(file).convert("RGB")
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
+
+def _get(request, read):
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return read(answer.read())
 
 def _whole(data):
-    """The bytes of a picture, if all of it came."""
-    _open(io.BytesIO(data))
+    _open(data)
     return data
-
-def _get(request):
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return answer.read()
 
 class Api(Pictures):
     """An OpenAI-compatible images endpoint, api:https://HOST/v1#model=NAME&size=512x512: what follows # are
@@ -272,30 +246,27 @@ class Api(Pictures):
             found = self.ask(text)
             if self.cache:
                 self.cache.put({key: found})
-        return _open(io.BytesIO(found))
+        return _open(found)
 
     def ask(self, text):
         """The bytes of the picture that the endpoint makes of the text."""
-        what = f"{self.url} on {text[:80]!r}"
-        body = json.dumps({"n": 1, **self.fields, "prompt": text}).encode()
-        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        what, body = f"{self.url} on {text[:80]!r}", {"n": 1, **self.fields, "prompt": text}
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         if self.key:
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")
 
-        def generate():  # a picture that was cut on its way is asked for again
-            made = json.loads(_get(request))["data"][0]
-            return made["url"] if made.get("url") else _whole(base64.b64decode(made["b64_json"]))
+        def made(answer):  # a picture that was cut on its way raises, and is asked for again
+            found = json.loads(answer)["data"][0]
+            return found["url"] if found.get("url") else _whole(base64.b64decode(found["b64_json"]))
 
-        made = patiently(generate, what, self.key)
-        if isinstance(made, str) and not re.match("https?://", made):
-            raise UserError(f"{what}: the answer's url {made[:80]!r} is not on the web")
-        return made if isinstance(made, bytes) else patiently(lambda: _whole(_get(made)), what, self.key)
+        found = patiently(lambda: _get(request, made), what, self.key)
+        if isinstance(found, str) and not re.match("https?://", found):
+            raise UserError(f"{what}: the answer's url {found[:80]!r} is not on the web")
+        return found if isinstance(found, bytes) else patiently(lambda: _get(found, _whole), what, self.key)
 
 class ImageFolder(Pictures):
     """Pictures that anyone made. FOLDER/manifest.jsonl has a line {"text": ..., "file": ...} for each, or
     {"split": "train", "index": 0, "file": ...} for row 0 of train."""
-
-    at_once = 64
 
     def __init__(self, folder, encoder):
         super().__init__(f"images:{folder}", encoder)
@@ -313,13 +284,11 @@ class ImageFolder(Pictures):
 
     def items(self, split, texts):
         """The file of each text and its state: one that was replaced since is another picture."""
-        found = []
-        for i, text in enumerate(texts):
-            file = self.files.get((split, i)) or self.files.get(text)
-            if not file:
-                raise UserError(f"{self.manifest} has no line for row {i} of {split}, {text[:80]!r}")
-            found.append(f"{file}\0{file.stat().st_size} bytes of {file.stat().st_mtime_ns}")
-        return found
+        files = [self.files.get((split, i)) or self.files.get(text) for i, text in enumerate(texts)]
+        if None in files:
+            i = files.index(None)
+            raise UserError(f"{self.manifest} has no line for row {i} of {split}, {texts[i][:80]!r}")
+        return [f"{file}\0{file.stat().st_size} bytes of {file.stat().st_mtime_ns}" for file in files]
 
     def picture(self, item):
         file = self.files.get(item) or item.partition("\0")[0]
@@ -335,9 +304,6 @@ class VectorFolder(Teacher):
 
     def __init__(self, folder):
         self.folder, self.name = Path(folder), "vectors:" + folder
-        if not folder or not (self.folder / "train.npy").is_file():
-            raise UserError(f"{self.folder / 'train.npy'} is missing: vectors:FOLDER wants train.npy and "
-                            "dev.npy, one row an example")
         self.dim = self.open("train").shape[1]
 
     def encode(self, texts):
@@ -348,21 +314,23 @@ class VectorFolder(Teacher):
         try:
             rows = np.load(path, mmap_mode="r", allow_pickle=False)  # unpickling runs a stranger's code
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is not a readable array ({error}): write it with numpy.save") from None
+            raise UserError(f"{path} is no readable array ({error}): vectors:FOLDER wants train.npy and "
+                            "dev.npy, from numpy.save, one row an example") from None
         if rows.ndim != 2 or rows.dtype.kind != "f" or not rows.flags.c_contiguous:
             raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: expected rows of floats")
         return rows
 
-    def reader(self, split, texts, cache):
-        rows = self.open(split)
-        if rows.shape != (len(texts), self.dim):
-            raise UserError(f"{self.folder / split}.npy has shape {rows.shape}, expected "
-                            f"{(len(texts), self.dim)}: a row for each example in the file")
+    def reader(self, split, texts):
+        """The function rows -> their vectors, a list of (dim,)."""
+        rows, wanted = self.open(split), (len(texts), self.dim)
+        if rows.shape != wanted:
+            raise UserError(f"{rows.filename} has shape {rows.shape}, expected {wanted}: a row for each "
+                            "example in the file")
         for i in range(0, len(rows), 4096):
             _finite(self, rows[i:i + 4096], texts[i:i + 4096])
         file, start, dtype = open(rows.filename, "rb"), rows.offset, rows.dtype
         size = self.dim * dtype.itemsize
-        # Read, not mapped: the pages of a map count as this process's memory, after an epoch the whole file.
+        # Read, not mapped: the pages of a map count as this process's memory, after an epoch all of them.
         return lambda chosen: [np.frombuffer(os.pread(file.fileno(), size, start + i * size), dtype)
                                for i in chosen]
 
@@ -375,8 +343,8 @@ def split_spec(spec, names=TEACHERS, what="teacher"):
     return names[known(name, names, what)], argument
 
 def build_teacher(spec, picture_encoder=None):
-    """A teacher from "NAME[:ARGUMENT]" of TEACHERS; UserError says what is wrong. picture_encoder is for those
-    that give pictures, NAME[:MODEL] of ENCODERS: pixels by default, but stable-diffusion's own latent."""
+    """A teacher from "NAME[:ARGUMENT]" of TEACHERS; UserError says what is wrong. picture_encoder, "NAME[:MODEL]"
+    of ENCODERS, is for those that draw: pixels by default, but stable-diffusion's own latent."""
     kind, argument = split_spec(spec)
     try:
         return kind(argument, picture_encoder) if issubclass(kind, Pictures) else kind(argument)
@@ -400,11 +368,8 @@ class Cache:
         """64 bits: among a million entries two share one with a chance under one in ten million."""
         return int.from_bytes(hashlib.sha256(f"{name}\0{item}".encode()).digest()[:8], "little", signed=True)
 
-    def keys(self, name, items):
-        return np.array([self.key(name, item) for item in items], np.int64)
-
     def missing(self, keys):
-        """The rows of `keys` (N,) that have no entry; 400,000 in under a second."""
+        """The rows of `keys` (N,) that have no entry, without looking into the entries that are there."""
         there = np.fromiter((key for key, in self.db.execute("SELECT key FROM made")), np.int64)
         return np.flatnonzero(~np.isin(keys, there)).tolist()
 
@@ -415,8 +380,13 @@ class Cache:
             return found[0]
         self.db.execute("DELETE FROM made WHERE key = ?", (int(key),))
 
+    def reader(self, keys):
+        """rows -> their vectors, a list of (dim,); nan for one that is not there."""
+        nothing = np.float32(np.nan).tobytes()
+        return lambda rows: [np.frombuffer(self.get(keys[i]) or nothing, np.float32) for i in rows]
+
     def put(self, entries):
-        """entries: {key: bytes}"""
+        """entries: {key: bytes}."""
         self.db.execute("BEGIN IMMEDIATE")
         self.db.executemany("INSERT OR REPLACE INTO made VALUES (?, ?, ?)",
                             [(int(key), zlib.crc32(value), value) for key, value in entries.items()])
@@ -430,18 +400,20 @@ def _finite(teacher, vectors, names):
             raise UserError(f"{teacher.name} has no finite vector for {name[:80]!r}: start again to remake it")
     return np.array(vectors, np.float32)
 
-def fill(teacher, items, cache, most=None):
+def fill(teacher, items, keys, cache, most=None):
     """Ask a costly teacher for what the cache lacks, each item once, `most` at most; returns how many."""
     with FileLock(f"{cache.path}.{Cache.key(teacher.name, '')}.lock"):  # a second process finds them made
-        keys, teacher.cache = cache.keys(teacher.name, items), cache
-        missing = list({keys[i]: i for i in cache.missing(keys)}.values())
+        teacher.cache, missing = cache, list({keys[i]: i for i in cache.missing(keys)}.values())
         todo = missing[:most]
-        if todo and (cut := teacher.too_long([items[i] for i in todo])):
-            print(f"{teacher.name}: {cut} of {len(todo)} texts are too long for it, and cut", file=sys.stderr)
+        if teacher.tokenizer:
+            lengths = [len(teacher.tokenizer(items[i], verbose=False)["input_ids"]) for i in todo]
+            if cut := sum(length > teacher.max_tokens for length in lengths):
+                print(f"{teacher.name}: {cut} of {len(todo)} texts are too long for it, and cut", file=sys.stderr)
         with tqdm(total=len(todo), desc=teacher.name, disable=None if todo else True) as bar:
             for start in range(0, len(todo), teacher.at_once):
                 rows = todo[start:start + teacher.at_once]
-                vectors = _finite(teacher, teacher.encode([items[i] for i in rows]), [items[i] for i in rows])
+                asked = [items[i] for i in rows]
+                vectors = _finite(teacher, teacher.encode(asked), asked)
                 cache.put({keys[i]: vector.tobytes() for i, vector in zip(rows, vectors)})
                 bar.update(len(rows))
     if len(todo) < len(missing):
@@ -451,47 +423,26 @@ def fill(teacher, items, cache, most=None):
 def open_vectors(teacher, task, examples, cache_dir, limit=None, most=None):
     """({split: the function rows -> float32 (n, dim)}, how many were made now). MNLI's vectors are 1.6 GB, so
     they are read a batch at a time. A costly teacher is not asked for training texts beyond `limit`."""
-    texts = {split: [task.prompt(example) for example in examples[split]] for split in ("train", "dev")}
-    cache, made = None, 0
+    texts, made = {split: [task.prompt(each) for each in examples[split]] for split in ("train", "dev")}, 0
     if teacher.costly:
-        cache, texts["train"] = Cache(cache_dir), texts["train"][:limit]
-        made = fill(teacher, sum((teacher.items(split, texts[split]) for split in texts), []), cache, most)
-    readers = {split: teacher.reader(split, texts[split], cache) for split in texts}
+        cache, train = Cache(cache_dir), len(texts["train"][:limit])
+        items = teacher.items("train", texts["train"][:limit]) + teacher.items("dev", texts["dev"])
+        keys = np.array([Cache.key(teacher.name, item) for item in items], np.int64)
+        made = fill(teacher, items, keys, cache, most)
+        readers = {"train": cache.reader(keys[:train]), "dev": cache.reader(keys[train:])}
+    else:
+        readers = {split: teacher.reader(split, texts[split]) for split in texts}
 
     def read(split, rows):
         return _finite(teacher, readers[split](rows), [examples[split][i].where for i in rows])
 
-    # By the training root mean square (of 6,000 rows, evenly spread), not centred: beta means the same for
-    # every teacher.
+    # By the training rows' root mean square (of 6,000 at most), not centred: beta means the same everywhere.
     n = len(texts["train"][:limit])
     some = read("train", range(0, n, 1 + n // 6000))
     rms = np.float32(np.sqrt(np.square(some, dtype=float).mean()) or 1)
     return {split: lambda rows, split=split: read(split, rows) / rms for split in texts}, made
 
 # ---- the command line --------------------------------------------------------------------------------------
-def show(text, teacher, file):
-    """The teacher's picture of the text into a file, enlarged to about 512 pixels, none of them smoothed."""
-    image = teacher.picture(text)
-    factor = -(-512 // max(image.size))
-    image.resize([factor * side for side in image.size], 0).save(file)
-    print(f"wrote {file}")
-
-def make(args):
-    """All vectors of a task, ahead of training."""
-    task, began = find_task(args.task), time.perf_counter()
-    examples = load_task(task.name, args.data_dir, args.cache_dir)
-    teacher = build_teacher(args.teacher, args.picture_encoder)
-    _, made = open_vectors(teacher, task, examples, args.cache_dir, args.limit, args.max_pictures)
-    n = len(examples["train"][:args.limit]) + len(examples["dev"])
-    print(f"{teacher.name}: {n} vectors of {teacher.dim} numbers, {4e-6 * n * teacher.dim:.1f} MB; {made} "
-          f"made now, in {time.perf_counter() - began:.1f} s")
-
-def verify(cache):
-    keys = [key for key, in cache.db.execute("SELECT key FROM made")]
-    sizes = [len(value) for key in keys if (value := cache.get(key)) is not None]
-    print(f"{cache.path}: {len(sizes)} entries are whole, {sum(sizes) / 1e6:.1f} MB; thrown away as damaged: "
-          f"{len(keys) - len(sizes)}")
-
 def main(argv=None):
     parser = Parser(prog="teacher.py", allow_abbrev=False,
                     description="Make a task's teacher vectors ahead, check them, or look at a picture.")
@@ -510,16 +461,28 @@ def main(argv=None):
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        if args.show:
-            if split_spec(args.teacher)[0].picture is None:  # before anything is loaded
-                raise UserError(f"{args.teacher} has no picture to show: try --teacher painter")
-            show(args.show, build_teacher(args.teacher, args.picture_encoder), args.out)
-        if args.verify:
-            verify(Cache(args.cache_dir))
-        if args.task:
-            make(args)
-        if not (args.show or args.verify or args.task):
+        if not (args.task or args.verify or args.show):
             raise UserError("nothing to do: give --task, --verify or --show")
+        if args.show and not hasattr(split_spec(args.teacher)[0], "picture"):  # before anything is loaded
+            raise UserError(f"{args.teacher} has no picture to show: try --teacher painter")
+        if args.verify:
+            cache = Cache(args.cache_dir)
+            keys = [key for key, in cache.db.execute("SELECT key FROM made")]
+            whole = sum(cache.get(key) is not None for key in keys)
+            print(f"{cache.path}: {whole} entries are whole; thrown away as damaged: {len(keys) - whole}")
+        examples = args.task and load_task(args.task, args.data_dir, args.cache_dir)
+        teacher = (args.task or args.show) and build_teacher(args.teacher, args.picture_encoder)
+        if args.task:
+            began, task = time.perf_counter(), find_task(args.task)
+            _, made = open_vectors(teacher, task, examples, args.cache_dir, args.limit, args.max_pictures)
+            n = len(examples["train"][:args.limit]) + len(examples["dev"])
+            print(f"{teacher.name}: {n} vectors of {teacher.dim} numbers, {4e-6 * n * teacher.dim:.1f} MB; {made} "
+                  f"made now, in {time.perf_counter() - began:.1f} s")
+        if args.show:
+            image = teacher.picture(args.show)
+            factor = -(-512 // max(image.size))  # to 512 pixels or somewhat more, none of them smoothed
+            image.resize([factor * side for side in image.size], 0).save(args.out)
+            print(f"wrote {args.out}")
     except (UserError, OSError, ValueError, sqlite3.Error) as error:  # no such teacher, folder, file type
         parser.exit(2, f"teacher.py: error: {error}\n")
 

@@ -484,7 +484,7 @@ def test_help_and_errors_of_flags_come_before_torch_is_imported(tmp_path):
     ("--proj-dim 2000", "--proj-dim 2000 is more than the 1024 of painter"),
     ("--resume /nowhere", "no run there"),
     ("--task rte --student opt --max-length 90", "reads at most 80 tokens"),
-    ("--task rte --teacher vectors:/nowhere --student tiny", "/nowhere/train.npy is missing")])
+    ("--task rte --teacher vectors:/nowhere --student tiny", "/nowhere/train.npy is no readable array")])
 def test_bad_input_gets_one_line_and_exit_status_2(flags, says, tmp_path, official, model_folder, capsys):
     flags = flags.replace("--student opt", f"--student {model_folder('opt')} --teacher painter").split() + (
         [] if "--resume" in flags else ["--out", str(tmp_path / "run")])

@@ -1,0 +1,195 @@
+"""Bad input: one line on stderr that names the thing and says what to type, exit status 2, nothing loaded or
+fetched before, nothing left behind. Read beside train.py's configuration and data.py's readers."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import student
+import train as training
+from data import UserError
+from train import Config, main, resolve
+
+@pytest.fixture
+def folder(tmp_path, official):
+    """tmp_path with small official files in data/ and fitting vectors in vectors/."""
+    for name in ("RTE", "SST-2", "STS-B", "WSC", "CoLA", "COPA"):
+        shutil.copytree(Path(official) / name, tmp_path / "data" / name)
+    (tmp_path / "vectors").mkdir()
+    for split, n in (("train", 12), ("dev", 6)):
+        np.save(tmp_path / f"vectors/{split}.npy", np.random.default_rng(0).standard_normal((n, 8)))
+    return tmp_path
+
+@pytest.fixture
+def refused(folder, monkeypatch, capsys):
+    """refused(flags) -> the one line; fails if a student was loaded, the network asked or anything left."""
+    monkeypatch.setattr(training, "build_student", lambda *_, **__: pytest.fail("a student was loaded"))
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: pytest.fail("the network was asked"))
+
+    def run(flags):
+        flags = flags.format(folder=folder).split()
+        extra = [] if "--resume" in flags else ["--out", str(folder / "run")] if "--out" not in flags else []
+        extra += [] if "--data-dir" in flags else ["--data-dir", str(folder / "data")]
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            main([*flags, *extra])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
+        assert sorted(folder.rglob("*")) == before
+        return error
+
+    return run
+
+@pytest.mark.parametrize("flags, says", [
+    ("--task rtee", "unknown task 'rtee': did you mean rte?"),
+    ("--tusk rte", "did you mean --task?"),
+    ("--teacher paintr", "unknown teacher 'paintr': did you mean painter?"),
+    ("--loss cosin", "unknown --loss 'cosin': did you mean cosine?"),
+    ("--arms armda", "unknown arm 'armda': did you mean armada?"),
+    ("--arms armada,armada", "name each once"),
+    ("--arms armada,", "unknown arm ''"),
+    ("--pairing own,noise", "unknown --pairing 'own,noise'"),
+    ("--picture-encoder pixel", "did you mean pixels?"),
+    ("--amp fp32", "known: auto, off, bf16, fp16"),
+    ("--amp fp16 --device cpu", "--amp fp16 needs a CUDA device: try --amp bf16 or off"),
+    ("--grad-checkpoint yes", "known: auto, on, off"),
+    ("--device gpu", "choose auto, cpu, cuda, cuda:N or mps"),
+    ("--device cuda:77", "--device cuda:77: torch sees no such device here; try --device cpu"),
+    ("--alpha 1.5", "--alpha 1.5 must be a number at least 0 and at most 1"),
+    ("--beta nan", "--beta nan must be a number at least 0"),
+    ("--beta -1", "--beta -1.0 must be a number at least 0"),
+    ("--gamma inf", "--gamma inf must be a number at least 0"),
+    ("--temperature 0", "--temperature 0.0 must be a number above 0"),
+    ("--lr 0", "--lr 0.0 must be a number above 0"),
+    ("--aligner-lr x", "invalid float value: 'x'"),
+    ("--epochs 0", "--epochs 0 must be a number at least 1"),
+    ("--epochs two", "invalid int value: 'two'"),
+    ("--batch-size 64 --micro-batch 12", "--micro-batch 12 must divide --batch-size 64: try 8"),
+    ("--batch-size 8 --micro-batch 16", "--micro-batch 16 must divide --batch-size 8: try 8"),
+    ("--limit 1", "--limit 1 must be a number at least 2"),
+    ("--max-length 3", "--max-length 3 must be a number at least 4"),
+    ("--proj-dim 2000", "--proj-dim 2000 is more than the 1024 of painter: give --proj-dim 1024 or less"),
+    ("--seeds 0,x", "give whole numbers: 0,1,2"),
+    ("--seeds 0,0", "name each once"),
+    ("--seeds -1", "seeds from 0"),
+    ("--max-pictures -1", "--max-pictures -1 must be a number at least 0"),
+    ("--teacher painter:7", "painter:7: write painter:RHO with a dose RHO from 0"),
+    ("--task rte --student tiny --teacher vectors:/nowhere", "/nowhere/train.npy is no readable array"),
+    ("--task rte --student tiny --teacher images:/nowhere", "/nowhere/manifest.jsonl"),
+    ("--task rte --student tiny --teacher clip:/nowhere/x", "no folder here"),
+    ("--task rte --student /nowhere/model", "'/nowhere/model' is no folder here"),
+    ("--task rte --student tiny --data-dir /nowhere", "/nowhere/RTE/train.tsv is missing: give --data-dir"),
+    ("--resume /nowhere", "--resume /nowhere: no run there"),
+    ("--resume {folder}/data", "no run there"),
+    ("--out /dev/null/run --seeds 0", "/dev/null"),
+])
+def test_a_wrong_flag_is_one_line_before_any_load_or_fetch(refused, flags, says):
+    assert says in refused(flags)
+
+def spoil(path, change):
+    """change(text) -> the file's new text, or its new bytes."""
+    new = change(path.read_text(encoding="utf-8"))
+    path.write_bytes(new if isinstance(new, bytes) else new.encode())
+
+@pytest.mark.parametrize("task, file, change, says", [
+    ("rte", "RTE/train.jsonl", lambda text: "", "RTE/train.jsonl has no rows"),
+    ("rte", "RTE/train.jsonl", lambda text: text[:-20], "RTE/train.jsonl:12 is not JSON"),
+    ("rte", "RTE/val.jsonl", lambda text: text.encode("utf-16"), "RTE/val.jsonl is not UTF-8"),
+    ("rte", "RTE/val.jsonl", lambda text: "3\n" + text, "RTE/val.jsonl:1 is not a JSON object"),
+    ("rte", "RTE/train.jsonl", lambda text: text.replace("not_entailment", "perhaps", 1),
+     "RTE/train.jsonl:2 has the label 'perhaps' in column label: expected one of entailment, not_entailment"),
+    ("rte", "RTE/train.jsonl", lambda text: text.replace('"premise"', '"prem"', 1),
+     "RTE/train.jsonl:1 has no text 'premise'"),
+    ("sst2", "SST-2/dev.tsv", lambda text: text.replace("\t", " ", 2), "SST-2/dev.tsv:"),
+    ("sst2", "SST-2/train.tsv", lambda text: text.replace("\t1\n", "\t1\t1\n", 1),
+     "SST-2/train.tsv:3 has 3 columns, not 2: sentence, label"),
+    ("stsb", "STS-B/train.tsv", lambda text: text.replace("0.900", "nan", 1),
+     "STS-B/train.tsv:3 has the label 'nan' in column score: expected a number from 0 to 5"),
+    ("cola", "CoLA/train.tsv", lambda text: text.replace("\t1\t", "\tyes\t", 1), "expected one of 0, 1"),
+    ("wsc", "WSC/train.jsonl", lambda text: text.replace('"span1_index": 0', '"span1_index": 70', 1),
+     "WSC/train.jsonl:1 has no text with two spans")])
+def test_a_damaged_data_file_is_named_with_its_line(refused, folder, task, file, change, says):
+    spoil(folder / "data" / file, change)
+    assert says in refused(f"--task {task} --student tiny --teacher painter")
+
+@pytest.mark.parametrize("split, array, says", [
+    ("train", np.zeros((11, 8)), "train.npy has shape (11, 8), expected (12, 8): a row for each example"),
+    ("dev", np.zeros((6, 9)), "dev.npy has shape (6, 9), expected (6, 8)"),
+    ("dev", np.zeros((6, 8), int), "dev.npy holds int64 of shape (6, 8): expected rows of floats"),
+    ("train", np.full((12, 8), np.nan), "no finite vector"),
+    ("train", np.array([["a"] * 8] * 12, object), "train.npy is no readable array")])
+def test_vectors_that_do_not_fit_are_refused(refused, folder, split, array, says):
+    np.save(folder / f"vectors/{split}.npy", array, allow_pickle=True)
+    assert says in refused("--task rte --student tiny --teacher vectors:{folder}/vectors")
+
+def test_half_of_a_vectors_file_is_refused(refused, folder):
+    whole = (folder / "vectors/train.npy").read_bytes()
+    (folder / "vectors/train.npy").write_bytes(whole[:len(whole) // 2])
+    assert "train.npy is no readable array" in refused("--task rte --student tiny --teacher vectors:{folder}/vectors")
+
+def test_what_only_the_loaded_student_can_tell_is_one_line_too(folder, model_folder, capsys):
+    for flags, says in ((["--student", model_folder("opt"), "--max-length", "90"], "reads at most 80 tokens"),
+                        (["--student", "tiny", "--max-length", "9"], "--max-length 9 is too small for")):
+        with pytest.raises(SystemExit) as stop:
+            main(["--task", "copa", "--teacher", "painter", *flags, "--data-dir", str(folder / "data"),
+                  "--out", str(folder / "run")])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and says in error and error.count("\n") == 1
+        assert not (folder / "run").exists()
+
+def test_an_output_folder_that_holds_another_run_and_a_resume_with_other_flags(refused, folder):
+    cell = folder / "run/armada/0"
+    cell.mkdir(parents=True)
+    (cell / "log.jsonl").write_text("")
+    config = resolve(Config(task="rte", student="tiny", teacher="painter", data_dir=str(folder / "data")))
+    (folder / "run/config.json").write_text(json.dumps(vars(config)))
+    assert f"--out {folder}/run holds a run already: go on with --resume {folder}/run" in refused("--task rte")
+    error = refused("--resume {folder}/run --lr 1e-3 --beta 2")
+    assert "--lr is 2e-05, not 0.001; --beta is 1.0, not 2.0: leave it out" in error
+    (folder / "run/config.json").write_text('{"tsk": "rte"}')
+    assert "not one of this version" in refused("--resume {folder}/run")
+
+def test_near_names_are_suggested_for_a_student_that_neither_folder_nor_hub_has(monkeypatch):
+    student.check_available.cache_clear()
+    monkeypatch.setattr(student.hub, "get_hf_file_metadata", lambda *_, **__: (_ for _ in ()).throw(OSError("no net")))
+    with pytest.raises(UserError, match="did you mean opt-1.3b?"):
+        student.check_available("opt-1.3")
+
+def test_no_key_is_in_what_a_run_writes(folder, monkeypatch, capsys):
+    """The spec of an image API is stored with the run, its key never is."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with pytest.raises(SystemExit):
+        main(["--task", "rte", "--student", "tiny", "--teacher", "api:http://127.0.0.1:9/v1", "--offline",
+              "--data-dir", str(folder / "data"), "--out", str(folder / "run"), "--cache-dir", str(folder / "cache")])
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert "--offline" in capsys.readouterr().err
+    assert not any(b"sk-secret" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a small tmpfs")
+def test_a_disk_that_fills_up_leaves_the_previous_checkpoint_whole(tmp_path, capsys):
+    """On a file system of 14 MB the second checkpoint finds no room beside the first. With room, it goes on
+    from the first and ends as a run that never stopped."""
+    disk, flags = tmp_path / "disk", ["--seeds", "0", "--arms", "armada", "--epochs", "2", "--eval-every", "1"]
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main([*flags, "--out", str(disk / "run")])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "No space left" in error and error.count("\n") == 1
+        assert f"--resume {disk}/run" in error
+        student.load_student(disk / "run/armada/0/last")
+        assert json.loads((disk / "run/armada/0/last/training.json").read_text())["done"] == 8  # epoch 1's steps
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        main(["--resume", str(disk / "run")])
+        main([*flags, "--out", str(tmp_path / "run")])
+        cell = "run/armada/0/last/model.safetensors"
+        assert (disk / cell).read_bytes() == (tmp_path / cell).read_bytes()
+    finally:
+        subprocess.run(["umount", disk])
