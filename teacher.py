@@ -251,7 +251,8 @@ class Api(Pictures):
     def ask(self, text):
         """The bytes of the picture that the endpoint makes of the text."""
         what, body = f"{self.url} on {text[:80]!r}", {"n": 1, **self.fields, "prompt": text}
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(self.url, json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
         if self.key:
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")
 
@@ -343,8 +344,8 @@ def split_spec(spec, names=TEACHERS, what="teacher"):
     return names[known(name, names, what)], argument
 
 def build_teacher(spec, picture_encoder=None):
-    """A teacher from "NAME[:ARGUMENT]" of TEACHERS; UserError says what is wrong. picture_encoder, "NAME[:MODEL]"
-    of ENCODERS, is for those that draw: pixels by default, but stable-diffusion's own latent."""
+    """A teacher from "NAME[:ARGUMENT]" of TEACHERS; UserError says what is wrong. picture_encoder, one of
+    ENCODERS likewise, is for those that draw: pixels by default, but stable-diffusion's own latent."""
     kind, argument = split_spec(spec)
     try:
         return kind(argument, picture_encoder) if issubclass(kind, Pictures) else kind(argument)
@@ -358,10 +359,13 @@ class Cache:
     def __init__(self, folder):
         self.path = Path(folder) / "teachers.sqlite"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
         with FileLock(f"{self.path}.lock"):  # sqlite does not wait in the switch to WAL
-            self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-            self.db.execute("PRAGMA journal_mode=WAL")
-            self.db.execute("CREATE TABLE IF NOT EXISTS made (key INTEGER PRIMARY KEY, crc INTEGER, value BLOB)")
+            try:
+                self.db.execute("PRAGMA journal_mode=WAL")
+                self.db.execute("CREATE TABLE IF NOT EXISTS made (key INTEGER PRIMARY KEY, crc, value BLOB)")
+            except sqlite3.Error as error:
+                raise UserError(f"{self.path}: {error}: delete it, and vectors are made anew") from None
 
     @staticmethod
     def key(name, item):
@@ -397,7 +401,7 @@ def _finite(teacher, vectors, names):
     # DEVIATION: in the authors' code a missing vector becomes zeros, a picture that nobody made.
     for vector, name in zip(vectors, names):
         if not np.isfinite(vector).all():
-            raise UserError(f"{teacher.name} has no finite vector for {name[:80]!r}: start again to remake it")
+            raise UserError(f"{teacher.name} has no finite vector for {name[:80]!r}: start again to mend it")
     return np.array(vectors, np.float32)
 
 def fill(teacher, items, keys, cache, most=None):
@@ -408,7 +412,7 @@ def fill(teacher, items, keys, cache, most=None):
         if teacher.tokenizer:
             lengths = [len(teacher.tokenizer(items[i], verbose=False)["input_ids"]) for i in todo]
             if cut := sum(length > teacher.max_tokens for length in lengths):
-                print(f"{teacher.name}: {cut} of {len(todo)} texts are too long for it, and cut", file=sys.stderr)
+                print(f"{teacher.name}: {cut} of {len(todo)} texts are too long for it and cut", file=sys.stderr)
         with tqdm(total=len(todo), desc=teacher.name, disable=None if todo else True) as bar:
             for start in range(0, len(todo), teacher.at_once):
                 rows = todo[start:start + teacher.at_once]
@@ -458,31 +462,31 @@ def main(argv=None):
     parser.add_argument("--verify", action="store_true", help="Throw damaged entries out of the cache.")
     parser.add_argument("--offline", action="store_true", help="Use no network.")
     args = parser.parse_args(argv)
+    if not (args.task or args.verify or args.show):
+        parser.error("nothing to do: give --task, --verify or --show")
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        if not (args.task or args.verify or args.show):
-            raise UserError("nothing to do: give --task, --verify or --show")
-        if args.show and not hasattr(split_spec(args.teacher)[0], "picture"):  # before anything is loaded
-            raise UserError(f"{args.teacher} has no picture to show: try --teacher painter")
         if args.verify:
             cache = Cache(args.cache_dir)
             keys = [key for key, in cache.db.execute("SELECT key FROM made")]
             whole = sum(cache.get(key) is not None for key in keys)
             print(f"{cache.path}: {whole} entries are whole; thrown away as damaged: {len(keys) - whole}")
-        examples = args.task and load_task(args.task, args.data_dir, args.cache_dir)
-        teacher = (args.task or args.show) and build_teacher(args.teacher, args.picture_encoder)
-        if args.task:
-            began, task = time.perf_counter(), find_task(args.task)
-            _, made = open_vectors(teacher, task, examples, args.cache_dir, args.limit, args.max_pictures)
-            n = len(examples["train"][:args.limit]) + len(examples["dev"])
-            print(f"{teacher.name}: {n} vectors of {teacher.dim} numbers, {4e-6 * n * teacher.dim:.1f} MB; {made} "
-                  f"made now, in {time.perf_counter() - began:.1f} s")
         if args.show:
-            image = teacher.picture(args.show)
+            if not hasattr(split_spec(args.teacher)[0], "picture"):  # before anything is loaded
+                raise UserError(f"{args.teacher} has no picture to show: try --teacher painter")
+            image = build_teacher(args.teacher, args.picture_encoder).picture(args.show)
             factor = -(-512 // max(image.size))  # to 512 pixels or somewhat more, none of them smoothed
             image.resize([factor * side for side in image.size], 0).save(args.out)
             print(f"wrote {args.out}")
+        if args.task:
+            examples, began = load_task(args.task, args.data_dir, args.cache_dir), time.perf_counter()
+            teacher, n = build_teacher(args.teacher, args.picture_encoder), len(examples["dev"])
+            _, made = open_vectors(teacher, find_task(args.task), examples, args.cache_dir, args.limit,
+                                   args.max_pictures)
+            n += len(examples["train"][:args.limit])
+            print(f"{teacher.name}: {n} vectors of {teacher.dim} numbers, {4e-6 * n * teacher.dim:.1f} MB; "
+                  f"{made} made now, in {time.perf_counter() - began:.1f} s")
     except (UserError, OSError, ValueError, sqlite3.Error) as error:  # no such teacher, folder, file type
         parser.exit(2, f"teacher.py: error: {error}\n")
 

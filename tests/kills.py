@@ -32,7 +32,7 @@ class Api(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         text = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"]
         asked[text] += 1
-        time.sleep(0.005)
+        time.sleep(0.03)
         file = io.BytesIO()
         Image.new("RGB", (32, 32), tuple(text.encode()[:3].ljust(3))).save(file, "png")
         body = json.dumps({"data": [{"b64_json": base64.b64encode(file.getvalue()).decode()}]}).encode()

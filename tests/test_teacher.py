@@ -173,7 +173,7 @@ def test_clip_gives_the_text_features_of_the_whole_model_whatever_the_neighbours
 def test_clip_says_how_many_texts_it_had_to_cut(clip_folder, capsys, tmp_path):
     texts = ["a mouse", "a mouse " * 9, "a piano " * 20]
     opened(build_teacher(f"clip:{clip_folder}"), tmp_path, texts, ["a pea"])
-    assert "2 of 4 texts are too long for it, and cut" in capsys.readouterr().err
+    assert "2 of 4 texts are too long for it and cut" in capsys.readouterr().err
 
 # ---- pictures become vectors -------------------------------------------------------------------------------
 def coloured(seed, size=(48, 32)):
@@ -464,7 +464,7 @@ def test_a_damaged_entry_is_never_used_but_named_and_made_again_by_the_next_star
     found, _ = opened(teacher, tmp_path, ["a", "bb"])
     before = found["train"]([0, 1])
     damage(tmp_path, "bb")
-    with pytest.raises(UserError, match="no finite vector for 'train.tsv:2': start again to remake it"):
+    with pytest.raises(UserError, match="no finite vector for 'train.tsv:2': start again to mend it"):
         found["train"]([0, 1])
     found, made = opened(teacher, tmp_path, ["a", "bb"])
     assert made == 1 and teacher.asked[3:] == ["bb"] and (found["train"]([0, 1]) == before).all()
