@@ -2,7 +2,7 @@
 
     teacher = build_teacher("painter")                   # "NAME[:ARGUMENT]" of TEACHERS
     teacher.encode(["is a mouse bigger than a piano?"])  # float32 array (N, teacher.dim)
-    python teacher.py --task rte --teacher stable-diffusion   # make the vectors ahead; once more to go on
+    python teacher.py --task rte --teacher stable-diffusion   # make its vectors ahead; once more to go on
 
 A teacher of your own is a class with name, dim and encode, and one line in TEACHERS. A vector depends on its
 text alone, never on its neighbours in a list, so each is made once and kept.
@@ -53,12 +53,9 @@ class Painter(Teacher):
                "orange": (.95, .5, .1), "pink": (1, .6, .7)}
 
     def __init__(self, rho):
-        try:
-            self.rho = float(rho or 1)
-        except ValueError:
-            self.rho = -1
-        if not 0 <= self.rho <= 1:
+        if not re.fullmatch(r"|0|1|1\.0*|0?\.\d+", rho):
             raise UserError(f"painter:{rho}: write painter:RHO with a dose RHO from 0 (noise) to 1 (picture)")
+        self.rho = float(rho or 1)
         self.name = f"painter:{self.rho:g}"
         self.paint = functools.lru_cache(10_000)(self.paint)  # 80 MB at most: a small task is painted once
 
@@ -448,22 +445,20 @@ def open_vectors(teacher, task, examples, cache_dir, limit=None, most=None):
 
 # ---- the command line --------------------------------------------------------------------------------------
 def main(argv=None):
-    parser = Parser(prog="teacher.py", allow_abbrev=False,
-                    description="Make a task's teacher vectors ahead, check them, or look at a picture.")
+    parser = Parser(prog="teacher.py", allow_abbrev=False, description="Make teacher vectors ahead; check them.")
     for flag, help, default in (
             ("task", "Task whose train and dev texts the teacher gets.", None),
             ("teacher", f"One of {', '.join(TEACHERS)}, with :ARGUMENT where it takes one.", "painter"),
             ("picture-encoder", "What looks at pictures: pixels, clip[:MODEL] or vae[:MODEL].", None),
             ("data-dir", "Folder with the official files, as in train.py.", None),
             ("cache-dir", "Folder for downloads and vectors.", CACHE),
-            ("limit", "Only the first N training texts.", 10**9), ("max-pictures", "Make N at most.", 10**9),
-            ("show", "Text to draw.", None), ("out", "File for the picture.", "picture.png")):
+            ("limit", "Only the first N training texts.", 10**9), ("max-pictures", "Make N at most.", 10**9)):
         parser.add_argument(f"--{flag}", help=help, metavar="X", default=default, type=type(default or ""))
     parser.add_argument("--verify", action="store_true", help="Throw damaged entries out of the cache.")
     parser.add_argument("--offline", action="store_true", help="Use no network.")
     args = parser.parse_args(argv)
-    if not (args.task or args.verify or args.show):
-        parser.error("nothing to do: give --task, --verify or --show")
+    if not (args.task or args.verify):
+        parser.error("nothing to do: give --task or --verify")
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -472,13 +467,6 @@ def main(argv=None):
             keys = [key for key, in cache.db.execute("SELECT key FROM made")]
             whole = sum(cache.get(key) is not None for key in keys)
             print(f"{cache.path}: {whole} entries are whole; thrown away as damaged: {len(keys) - whole}")
-        if args.show:
-            if not hasattr(split_spec(args.teacher)[0], "picture"):  # before anything is loaded
-                raise UserError(f"{args.teacher} has no picture to show: try --teacher painter")
-            image = build_teacher(args.teacher, args.picture_encoder).picture(args.show)
-            factor = -(-512 // max(image.size))  # to 512 pixels or somewhat more, none of them smoothed
-            image.resize([factor * side for side in image.size], 0).save(args.out)
-            print(f"wrote {args.out}")
         if args.task:
             examples, began = load_task(args.task, args.data_dir, args.cache_dir), time.perf_counter()
             teacher, n = build_teacher(args.teacher, args.picture_encoder), len(examples["dev"])
@@ -487,7 +475,7 @@ def main(argv=None):
             n += len(examples["train"][:args.limit])
             print(f"{teacher.name}: {n} vectors of {teacher.dim} numbers, {4e-6 * n * teacher.dim:.1f} MB; "
                   f"{made} made now, in {time.perf_counter() - began:.1f} s")
-    except (UserError, OSError, ValueError, sqlite3.Error) as error:  # no such teacher, folder, file type
+    except (UserError, OSError, ValueError, sqlite3.Error) as error:
         parser.exit(2, f"teacher.py: error: {error}\n")
 
 if __name__ == "__main__":
