@@ -16,7 +16,6 @@ import json
 import os
 import random
 import re
-import string
 import tempfile
 import time
 import urllib.parse
@@ -69,8 +68,7 @@ class Task:
     @property
     def fields(self):
         """The columns that the templates read, each once, in order."""
-        parts = string.Formatter().parse(self.text_a + (self.text_b or ""))
-        return tuple(dict.fromkeys(name for _, name, _, _ in parts if name))
+        return tuple(dict.fromkeys(re.findall(r"{(\w+)}", self.text_a + (self.text_b or ""))))
 
     def pair(self, example):
         """(text_a, text_b) for an encoder; text_b is None for a single text."""
@@ -79,10 +77,6 @@ class Task:
     def prompt(self, example):
         """All of the example's text in one string: what the teacher and a decoder read."""
         return "\n".join(filter(None, self.pair(example)))
-
-    def text(self, example, decoder):
-        """What this kind of student reads, in the form of pair()."""
-        return (self.prompt(example), None) if decoder else self.pair(example)
 
 # ---- the registry ------------------------------------------------------------------------------------------
 TWO, TRUTH, NLI = ("0", "1"), ("false", "true"), ("entailment", "not_entailment")
@@ -232,7 +226,7 @@ def _rows(task, path, split):
 def _example(task, row, split, number, where):
     """A file's row -> Example: texts word for word, the label checked against the registry."""
     if task.name == "wsc":
-        row = {**row, **_mark_spans(row, where)}
+        row = _mark_spans(row, where)
     fields = {}
     for name in task.fields:
         column = name if name in row else task.columns.get(name, name)
@@ -254,16 +248,14 @@ def _example(task, row, split, number, where):
 def _mark_spans(row, where):
     """WSC: [ ] around the noun, * * around the pronoun, in place. Indices count words between white space."""
     try:
-        text, target, marks = row["text"], row["target"], []
-        words = list(re.finditer(r"\S+", text))
+        target, words, spaces = row["target"], row["text"].split(), re.split(r"\S+", row["text"])
         for span, left, right in (("span1", "[", "]"), ("span2", "*", "*")):
             first, count = target[span + "_index"], len(target[span + "_text"].split())
-            marks += [(words[first].start(), left), (words[first + count - 1].end(), right)]
-    except (KeyError, TypeError, IndexError, AttributeError):
+            words[first] = left + words[first]
+            words[first + count - 1] += right
+    except (LookupError, TypeError, AttributeError):
         raise UserError(f"{where} has no text with two spans (text, target.span1_index ...)") from None
-    for position, mark in sorted(marks, reverse=True):  # from the end, so that earlier positions stay true
-        text = text[:position] + mark + text[position:]
-    return {"text": text, "span1_text": target["span1_text"], "span2_text": target["span2_text"]}
+    return {**row, **target, "text": "".join(map("".join, zip(spaces, [*words, ""])))}
 
 # ---- fetching them -----------------------------------------------------------------------------------------
 def patiently(ask, what, secret=None, pauses=(1, 2, 4, 8, 16)):
@@ -354,32 +346,28 @@ def encode(task, examples, tokenizer, max_length, decoder):
     """Tokenise once, before training: ([{"input_ids": [...], ...} per example], how many were shortened).
     A text over max_length tokens has its longest FIELD shortened before the template is filled. Cutting the
     filled text instead would drop the hypothesis behind a long premise, or the question."""
-    rows, shortened = [], 0
     # A decoder that is handed token_type_ids (GPT-2) adds them as if they were words.
     wanted = ("input_ids",) if decoder else ("input_ids", "token_type_ids")
-    for start in range(0, len(examples), 1000):
-        chunk = examples[start:start + 1000]
-        a, b = zip(*(task.text(example, decoder) for example in chunk))
-        encoded = tokenizer(list(a), None if b[0] is None else list(b), verbose=False)
-        for i, example in enumerate(chunk):
-            row = {key: encoded[key][i] for key in wanted if key in encoded}
-            if len(row["input_ids"]) > max_length:
-                short = tokenizer(*task.text(_shorten(task, example, tokenizer, max_length, decoder),
-                                             decoder))
-                row, shortened = {key: short[key] for key in row}, shortened + 1
-            rows.append(row)
-    return rows, shortened
 
-def _shorten(task, example, tokenizer, max_length, decoder):
-    """The example with its longest fields cut between two tokens, longest first, until it fits."""
-    fields = dict(example.fields)
-    short = replace(example, fields=fields)
-    while (over := len(tokenizer(*task.text(short, decoder), verbose=False)["input_ids"]) - max_length) > 0:
+    def tokens(chunk):
+        a, b = zip(*((task.prompt(each), None) if decoder else task.pair(each) for each in chunk))
+        found = tokenizer(list(a), list(b) if any(b) else None, verbose=False)
+        return [{key: found[key][i] for key in wanted if key in found} for i in range(len(chunk))]
+
+    rows = [row for i in range(0, len(examples), 1000) for row in tokens(examples[i:i + 1000])]
+    long = [i for i, row in enumerate(rows) if len(row["input_ids"]) > max_length]
+    for i in long:
+        rows[i] = _shorten(examples[i], tokens, tokenizer, max_length)
+    return rows, len(long)
+
+def _shorten(example, tokens, tokenizer, max_length):
+    """The row of an example whose longest fields are cut between two tokens, longest first, until it fits."""
+    while over := max(0, len((row := tokens([example])[0])["input_ids"]) - max_length):
         # Where each token STARTS: several may share one character (an emoji's bytes), and cutting before the
         # first of them always removes something, while cutting at an end may not.
         starts = {name: [start for start, _ in tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]]
-            for name, text in fields.items() if name not in KEEP}
+            for name, text in example.fields.items() if name not in KEEP}
         second, longest = sorted([0, *map(len, starts.values())])[-2:]
         if longest == 0:
             raise UserError(f"--max-length {max_length} is too small for {example.where}: with nothing left "
@@ -387,8 +375,9 @@ def _shorten(task, example, tokenizer, max_length, decoder):
         # Down to the second longest, or, where the two are about equal, half of the excess from this one.
         keep = max(0, longest - over, min(second, longest - (over + 1) // 2))
         name = next(name for name in starts if len(starts[name]) == longest)
-        fields[name] = fields[name][:starts[name][keep]].rstrip()
-    return short
+        shorter = example.fields[name][:starts[name][keep]].rstrip()
+        example = replace(example, fields={**example.fields, name: shorter})
+    return row
 
 def length_grouped_batches(lengths, batch_size, seed):
     """[[row, ...], ...]: every row once, similar lengths together, a short last batch kept, in random order.
@@ -409,4 +398,4 @@ def collate(rows, pad_id):
     rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
     return {key: torch.tensor([row[key] + [pad_id * (key == "input_ids")] * (width - len(row[key]))
                                for row in rows])  # (B, L)
-            for key in ("input_ids", "attention_mask", "token_type_ids") if key in rows[0]}
+            for key in rows[0]}
