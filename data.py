@@ -18,7 +18,6 @@ import random
 import re
 import tempfile
 import time
-import urllib.parse
 import urllib.request
 import zipfile
 import zlib
@@ -111,23 +110,12 @@ TASKS = {task.name: task for task in (
 )}
 KEEP = ("question", "word", "span1_text", "span2_text")  # never cut: the rest means nothing without them
 
-# Official archives, each one folder named as Task.folder; for MRPC two lists, and GLUE's choice of dev rows.
-# ARMADA_MIRROR=URL takes the same paths from another host.
-SITE, RENAMED = "https://dl.fbaipublicfiles.com/", {"qqp": "QQP-clean", "qnli": "QNLIv2"}
-ARCHIVES = {name: [f"{SITE}glue/data/{RENAMED.get(name, TASKS[name].folder)}.zip"]
-            for name in ("cola", "sst2", "stsb", "qqp", "mnli", "qnli", "wnli")}
-ARCHIVES |= {name: [f"{SITE}glue/superglue/data/v2/{TASKS[name].folder}.zip"]
-             for name in ("boolq", "cb", "copa", "rte", "wic", "wsc")}
-ARCHIVES["mrpc"] = [f"{SITE}senteval/senteval_data/msr_paraphrase_{part}.txt" for part in ("train", "test")] + [
-    "https://raw.githubusercontent.com/MegEngine/Models/master/official/nlp/bert/glue_data/MRPC/dev_ids.tsv"]
-
 def known(name, names, what):
     """`name` itself when it is among `names`; else a UserError that suggests the nearest one."""
-    if name in names:
-        return name
-    near = difflib.get_close_matches(name, names, 1)
-    raise UserError(f"unknown {what} {name!r}: " + (f"did you mean {near[0]}? " if near else "")
-                    + f"known: {', '.join(names)}")
+    if name not in names:
+        near = "".join(f"did you mean {each}? " for each in difflib.get_close_matches(name, names, 1))
+        raise UserError(f"unknown {what} {name!r}: {near}known: {', '.join(names)}")
+    return name
 
 def find_task(name):
     """The registry entry of a case-insensitive name."""
@@ -135,7 +123,7 @@ def find_task(name):
 
 # ---- the embedded task: everyday objects, their size in centimetres, colour and shape ----------------------
 # A student trained from scratch has never seen a piano; a picture knows how big one is.
-_OBJECTS = """
+OBJECTS = {name: (float(size), colour, shape) for name, size, colour, shape in map(str.split, """
 ant .5 black disc, seed .6 brown disc, ladybird .8 red disc, pea .9 green disc, bee 1.4 yellow disc,
 button 1.6 blue disc, ring 2 yellow disc, coin 2.2 grey disc, grape 2.4 green disc, stamp 3 red box,
 snail 3.2 brown disc, walnut 4 brown disc, matchbox 5.5 red box, egg 6 white disc, key 6.5 grey bar,
@@ -148,24 +136,21 @@ door 205 white box, bed 215 pink box, cow 240 white cone, horse 245 brown cone, 
 giraffe 520 yellow bar, van 560 white box, elephant 600 grey disc, boat 650 blue cone, truck 900 orange box,
 bus 1150 red box, tree 1200 green cone, house 1400 brown cone, lorry 1700 green box, whale 2500 blue disc,
 lighthouse 3000 red bar, church 3500 grey cone, aeroplane 4000 white bar, ferry 5200 white box,
-bridge 6000 grey bar"""
-OBJECTS = {name: (float(size), colour, shape)
-           for name, size, colour, shape in map(str.split, _OBJECTS.split(","))}
+bridge 6000 grey bar""".split(","))}
 _QUESTIONS = ("is {a} bigger than {b}?", "would {a} be larger than {b}?",
               "does {a} take up more room than {b}?", "{a} or {b}: is the first one bigger?")
 
 def _objects():
     """120 training pairs, two held-out sets; none shared in either order, sizes at least 1 to 1.25 apart."""
     rng = random.Random(4)  # first seed whose training pairs show all objects: a word never read says nothing
-    size = {name: OBJECTS[name][0] for name in OBJECTS}
-    pairs = [(a, b) for a in OBJECTS for b in OBJECTS if size[b] >= 1.25 * size[a]]
+    pairs = [(a, b) for a in OBJECTS for b in OBJECTS if OBJECTS[b][0] >= 1.25 * OBJECTS[a][0]]
     rng.shuffle(pairs)
     rows = []
     for i, pair in enumerate(pairs):
         a, b = rng.sample(pair, 2)  # either may be the subject, which all four questions name first
         article = {name: ("an " if name[0] in "aeiou" else "a ") + name for name in pair}
         text = rng.choice(_QUESTIONS).format(a=article[a], b=article[b])
-        rows.append(Example({"text": text}, int(size[a] > size[b]), i, f"objects:{i}"))
+        rows.append(Example({"text": text}, int(OBJECTS[a][0] > OBJECTS[b][0]), i, f"objects:{i}"))
     return {"train": rows[:120], "dev": rows[120:620], "test": rows[620:]}
 
 # ---- reading the official files ----------------------------------------------------------------------------
@@ -183,57 +168,55 @@ def load_task(name, data_dir=None, cache_dir=CACHE):
         return _objects()
     folder = (Path(data_dir) if data_dir else download(task, cache_dir)) / task.folder
     form = "mnli" if task.name == "mnli" else "jsonl" if (folder / "train.jsonl").exists() else "tsv"
-    splits = {}
-    for split, file in FILES[form].items():
-        if (folder / file).exists():
-            splits[split] = [_example(task, row, split, i, where)
-                             for i, (where, row) in enumerate(_rows(task, folder / file, split))]
-            if not splits[split]:
-                raise UserError(f"{folder / file} has no rows: fetch it again")
-        elif split in ("train", "dev"):
-            raise UserError(f"{folder / file} is missing: give --data-dir the folder that holds "
-                            f"{task.folder}/ with the official files, or leave it out to download them")
+    splits = {split: _read(task, folder / file, split) for split, file in FILES[form].items()
+              if split in ("train", "dev") or (folder / file).exists()}
     if not data_dir and (found := (len(splits["train"]), len(splits["dev"]))) != task.rows:
         raise UserError(f"{folder} has {found} rows in train and dev, not {task.rows}: delete it to refetch")
     return splits
 
-def _rows(task, path, split):
-    """("file:line", {column: value}) for each row of an official jsonl or tsv file."""
-    columns = None if split.startswith("test") else list(task.header) or None  # CoLA's test file has a header
+def _read(task, path, split):
+    """The Examples of one official jsonl or tsv file."""
+    columns = None if split.startswith("test") else task.header or None  # CoLA's test file has a header line
+    examples = []
     try:
         # utf-8-sig drops MRPC's byte-order mark; newline="\n" keeps a stray \r from splitting a row.
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
-                where, line = f"{path}:{number}", line.rstrip("\r\n")
+                where, values = f"{path}:{number}", line.rstrip("\r\n").split("\t")
                 if path.suffix == ".jsonl":
-                    row = json.loads(line or "null")
-                    if not isinstance(row, dict):
-                        raise UserError(f"{where} is not a JSON object: the file may be cut; fetch it again")
-                    yield where, row
+                    row = json.loads(line)
                 elif columns is None:
-                    columns = line.split("\t")
+                    columns = values
+                    continue
                 else:  # GLUE's tsv is not quoted: a " is part of the text; a csv reader would swallow lines
-                    values = line.split("\t")
+                    row = dict(zip(columns, values))
                     if len(values) != len(columns):
                         raise UserError(f"{where} has {len(values)} columns, not {len(columns)}: "
                                         f"{', '.join(columns)}")
-                    yield where, dict(zip(columns, values))
+                examples.append(_example(task, row, split, len(examples), where))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give --data-dir the folder that holds {task.folder}/ with the "
+                        "official files, or leave it out to download them") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON ({error.msg}): the file may be cut; fetch it again") from None
+    if not examples:
+        raise UserError(f"{path} has no rows: fetch it again")
+    return examples
 
 def _example(task, row, split, number, where):
     """A file's row -> Example: texts word for word, the label checked against the registry."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object: the file may be cut; fetch it again")
     if task.name == "wsc":
         row = _mark_spans(row, where)
     fields = {}
     for name in task.fields:
-        column = name if name in row else task.columns.get(name, name)
-        if not isinstance(row.get(column), str):
-            names = " or ".join(dict.fromkeys((repr(name), repr(column))))
-            raise UserError(f"{where} has no text {names}: found {', '.join(map(str, row))}")
-        fields[name] = row[column]
+        names = dict.fromkeys((name, task.columns.get(name, name)))
+        fields[name] = next((row[each] for each in names if each in row), None)
+        if not isinstance(fields[name], str):
+            raise UserError(f"{where} has no text {' or '.join(map(repr, names))}: found {', '.join(row)}")
     raw, label = row.get(task.label_column), None
     if raw is not None or not split.startswith("test"):
         try:  # a class is spelled in lower case, and JSON's true and 1 are "true" and "1"
@@ -278,49 +261,54 @@ def patiently(ask, what, secret=None, pauses=(1, 2, 4, 8, 16)):
             time.sleep(max(pause, wait))
     raise UserError(f"could not fetch {what}: {' '.join(str(why).split())}".replace(secret or "\0", "***"))
 
-def _transfer(url, path):
-    """The file at url into path, by way of path.part, from which a broken transfer goes on."""
+def _transfer(url, part):
+    """The file at url into part, where a broken transfer is taken up again."""
     from tqdm import tqdm
-
-    part = Path(f"{path}.part")
-    have = max(0, part.stat().st_size - 1) if part.exists() else 0  # one byte again: none would be an error 416
+    have = max(0, part.stat().st_size - 1) if part.exists() else 0  # a byte again: none would be an error 416
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        with open(part, "ab") as file:
-            file.truncate(have if answer.status == 206 else 0)
-            size = file.seek(0, os.SEEK_END) + int(answer.headers["Content-Length"] or -1)
-            with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, disable=None) as bar:
-                while block := answer.read(1 << 16):
-                    bar.update(file.write(block))
-            if file.tell() < size:
-                raise OSError(f"{file.tell()} of {size} bytes came")
-    part.replace(path)
+    with urllib.request.urlopen(request, timeout=20) as answer, open(part, "ab") as file:
+        file.truncate(have if answer.status == 206 else 0)
+        size = file.seek(0, os.SEEK_END) + int(answer.headers["Content-Length"] or -1)
+        with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, disable=None) as bar:
+            while block := answer.read(1 << 16):
+                bar.update(file.write(block))
+        if file.tell() < size:
+            raise OSError(f"{file.tell()} of {size} bytes came")
+
+def _addresses(task):
+    """Its official archive, one folder named task.folder; for MRPC two lists, and GLUE's choice of dev rows.
+    ARMADA_MIRROR=URL takes the same paths from another host."""
+    mirror = os.environ.get("ARMADA_MIRROR", "").rstrip("/")
+    site = mirror or "https://dl.fbaipublicfiles.com"
+    if task.name == "mrpc":
+        return [*(f"{site}/senteval/senteval_data/msr_paraphrase_{part}.txt" for part in ("train", "test")),
+                (mirror or "https://raw.githubusercontent.com")
+                + "/MegEngine/Models/master/official/nlp/bert/glue_data/MRPC/dev_ids.tsv"]
+    if task.name in ("boolq", "cb", "copa", "rte", "wic", "wsc"):
+        return [f"{site}/glue/superglue/data/v2/{task.folder}.zip"]
+    return [f"{site}/glue/data/{ {'qqp': 'QQP-clean', 'qnli': 'QNLIv2'}.get(task.name, task.folder)}.zip"]
 
 def download(task, cache_dir):
     """The folder that holds task.folder, fetched and unpacked once; a second process waits for the first."""
     from filelock import FileLock
-
-    data_dir, mirror = Path(cache_dir) / "data", os.environ.get("ARMADA_MIRROR")
+    data_dir = Path(cache_dir) / "data"
     data_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(data_dir / f"{task.folder}.lock"):
+    # The scratch folder lies beside its goal: the rename is atomic.
+    with FileLock(data_dir / f"{task.folder}.lock"), tempfile.TemporaryDirectory(dir=data_dir) as scratch:
         if (data_dir / task.folder).is_dir():
             return data_dir
         hint = f"put {task.folder}/ with the official files into FOLDER and give --data-dir FOLDER"
-        paths = []
-        for url in ARCHIVES[task.name]:
-            url = mirror.rstrip("/") + urllib.parse.urlsplit(url).path if mirror else url
-            paths.append(data_dir / f"{task.folder}-{url.rpartition('/')[2]}")
+        files = []
+        for url in _addresses(task):
             print(f"downloading {url}", flush=True)
-            patiently(lambda: _transfer(url, paths[-1]), f"{url} (or {hint})", pauses=(1, 2, 4))
-        with tempfile.TemporaryDirectory(dir=data_dir) as scratch:  # beside its goal: the rename is atomic
-            try:
-                _split_mrpc(*paths, scratch) if task.name == "mrpc" else _unzip(*paths, scratch)
-                os.rename(f"{scratch}/{task.folder}", data_dir / task.folder)
-            except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-                raise UserError(f"{url} sent damaged files ({error}): try again, or {hint}") from None
-            finally:
-                for path in paths:
-                    path.unlink(missing_ok=True)
+            part = data_dir / f"{task.folder}-{url.rpartition('/')[2]}.part"
+            patiently(lambda: _transfer(url, part), f"{url} (or {hint})", pauses=(1, 2, 4))
+            files.append(part.rename(Path(scratch, part.stem)))
+        try:
+            _split_mrpc(*files, scratch) if task.name == "mrpc" else _unzip(*files, scratch)
+            os.rename(f"{scratch}/{task.folder}", data_dir / task.folder)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{url} sent damaged files ({error}): try again, or {hint}") from None
     return data_dir
 
 def _unzip(path, scratch):
@@ -357,27 +345,28 @@ def encode(task, examples, tokenizer, max_length, decoder):
     rows = [row for i in range(0, len(examples), 1000) for row in tokens(examples[i:i + 1000])]
     long = [i for i, row in enumerate(rows) if len(row["input_ids"]) > max_length]
     for i in long:
-        rows[i] = _shorten(examples[i], tokens, tokenizer, max_length)
+        example = examples[i]
+        while (over := len(rows[i]["input_ids"]) - max_length) > 0:
+            example = _shorten(example, tokenizer, max_length, over)
+            rows[i] = tokens([example])[0]
     return rows, len(long)
 
-def _shorten(example, tokens, tokenizer, max_length):
-    """The row of an example whose longest fields are cut between two tokens, longest first, until it fits."""
-    while over := max(0, len((row := tokens([example])[0])["input_ids"]) - max_length):
-        # Where each token STARTS: several may share one character (an emoji's bytes), and cutting before the
-        # first of them always removes something, while cutting at an end may not.
-        starts = {name: [start for start, _ in tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]]
-            for name, text in example.fields.items() if name not in KEEP}
-        second, longest = sorted([0, *map(len, starts.values())])[-2:]
-        if longest == 0:
-            raise UserError(f"--max-length {max_length} is too small for {example.where}: with nothing left "
-                            f"to shorten it takes {max_length + over} tokens")
-        # Down to the second longest, or, where the two are about equal, half of the excess from this one.
-        keep = max(0, longest - over, min(second, longest - (over + 1) // 2))
-        name = next(name for name in starts if len(starts[name]) == longest)
-        shorter = example.fields[name][:starts[name][keep]].rstrip()
-        example = replace(example, fields={**example.fields, name: shorter})
-    return row
+def _shorten(example, tokenizer, max_length, over):
+    """The example with its longest field cut between two tokens, by at most the `over` tokens too many."""
+    # Where each token STARTS: several may share one character (an emoji's bytes), and cutting before the
+    # first of them always removes something, while cutting at an end may not.
+    starts = {name: [start for start, _ in tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]]
+        for name, text in example.fields.items() if name not in KEEP}
+    second, longest = sorted([0, *map(len, starts.values())])[-2:]
+    if longest == 0:
+        raise UserError(f"--max-length {max_length} is too small for {example.where}: with nothing left "
+                        f"to shorten it takes {max_length + over} tokens")
+    # Down to the second longest, or, where the two are about equal, half of the excess from this one.
+    keep = max(0, longest - over, min(second, longest - (over + 1) // 2))
+    name = max(starts, key=lambda name: len(starts[name]))
+    return replace(example, fields={
+        **example.fields, name: example.fields[name][:starts[name][keep]].rstrip()})
 
 def length_grouped_batches(lengths, batch_size, seed):
     """[[row, ...], ...]: every row once, similar lengths together, a short last batch kept, in random order.
