@@ -1,5 +1,5 @@
-"""Tasks: a registry (a task is ONE entry), readers of the official files, batches. Every field reaches student
-and teacher, the label neither. Only the standard library is imported at the top: `--help` answers at once.
+"""Tasks: a registry (a task is ONE entry), readers of official files, batches. Every field reaches student and
+teacher, the label neither. Only the standard library is imported here: `--help` answers at once.
 
     splits = load_task("rte", "data")             # {"train": [Example, ...], "dev": [...], "test": [...]}
     TASKS["rte"].pair(splits["train"][0])         # (text_a, text_b): what an encoder reads
@@ -160,7 +160,7 @@ def load_task(name, data_dir=None, cache_dir=CACHE):
 
 def _read(task, path, split):
     """The Examples of one official jsonl or tsv file."""
-    columns = None if split.startswith("test") else task.header or None  # CoLA's test file has a header line
+    columns = () if split.startswith("test") else task.header  # CoLA's test file has a header line
     examples = []
     try:
         # utf-8-sig drops MRPC's byte-order mark; newline="\n" keeps a stray \r from splitting a row.
@@ -169,7 +169,7 @@ def _read(task, path, split):
                 where, values = f"{path}:{number}", line.rstrip("\r\n").split("\t")
                 if path.suffix == ".jsonl":
                     row = json.loads(line)
-                elif columns is None:
+                elif not columns:
                     columns = values
                     continue
                 elif len(values) != len(columns):
@@ -222,7 +222,8 @@ def _mark_spans(row, where):
             words[first + count - 1] += right
     except (LookupError, TypeError, AttributeError):
         raise UserError(f"{where} has no text with two spans (text, target.span1_index ...)") from None
-    return {**row, **target, "text": "".join(map("".join, zip(spaces, [*words, ""])))}
+    text = "".join(space + word for space, word in zip(spaces, [*words, ""]))
+    return {**row, **target, "text": text}
 
 # ---- fetching them -----------------------------------------------------------------------------------------
 def patiently(ask, what, secret=None, pauses=(1, 2, 4, 8, 16)):
@@ -313,7 +314,6 @@ def encode(task, examples, tokenizer, max_length, decoder):
     filled text instead would drop the hypothesis behind a long premise, or the question."""
     # A decoder that is handed token_type_ids (GPT-2) adds them as if they were words.
     wanted = ("input_ids",) if decoder else ("input_ids", "token_type_ids")
-
     def tokens(chunk):
         a, b = zip(*((task.prompt(each), None) if decoder else task.pair(each) for each in chunk))
         found = tokenizer(list(a), list(b) if any(b) else None, verbose=False)
