@@ -1,4 +1,4 @@
-"""Tasks: a registry (a task is ONE entry), readers of official files, batches. Every field reaches student and
+"""Tasks: a registry (a task is ONE entry), readers of their files, batches. Every field reaches student and
 teacher, the label neither. Only the standard library is imported here: `--help` answers at once.
 
     splits = load_task("rte", "data")             # {"train": [Example, ...], "dev": [...], "test": [...]}
