@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 class Outputs(NamedTuple):
     """What the aligner and the student both return: logits (B, C), aux_logits (B, C), proj (B, d)."""
-
     logits: torch.Tensor
     aux_logits: torch.Tensor
     proj: torch.Tensor

@@ -1,13 +1,9 @@
-"""Tasks: a registry, readers of the official files, and batches.
-
-A task is ONE entry of TASKS: name, text templates whose {fields} are columns of its files, labels, metrics.
-Every field reaches the student and the teacher, word for word; the label reaches neither.
+"""Tasks: a registry (a task is ONE entry), readers of their files, batches. Every field reaches student and
+teacher, the label neither. Only the standard library is imported here: `--help` answers at once.
 
     splits = load_task("rte", "data")             # {"train": [Example, ...], "dev": [...], "test": [...]}
     TASKS["rte"].pair(splits["train"][0])         # (text_a, text_b): what an encoder reads
     TASKS["rte"].prompt(splits["train"][0])       # one text: what the teacher and a decoder read
-
-Only the standard library is imported at the top: `train.py --help` and a mistyped task answer at once.
 """
 import argparse
 import difflib
@@ -16,15 +12,12 @@ import json
 import os
 import random
 import re
-import string
 import tempfile
 import time
-import urllib.parse
 import urllib.request
 import zipfile
-import zlib
-from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 CACHE = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "armada")
 
@@ -33,26 +26,21 @@ class UserError(ValueError):
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and name the nearest flag."""
-
     def error(self, message):
         wrong = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         near = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
         hint = f": did you mean {near[0]}?" if near else f" (see python {self.prog} --help)"
         self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """One row of a task."""
-
     fields: dict               # its texts, as they stand in the file
     label: int | float | None  # class id, score, or None (official test rows)
     idx: int                   # what a submission file calls it
     where: str                 # "file:line", for messages
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """One registry entry; kind is "classify" or "regress", with room for "generate"."""
-
     name: str
     folder: str                     # below --data-dir, as the official archive names it
     text_a: str                     # template over the columns
@@ -61,16 +49,15 @@ class Task:
     kind: str = "classify"
     metrics: tuple = ("accuracy",)  # the first one is the headline
     label_column: str = "label"
-    columns: dict = field(default_factory=dict)   # field -> column, where a file names it otherwise
+    columns: dict = {}              # field -> column, where a file names it otherwise
     header: tuple = ()              # columns of a train or dev file without a header line
     rows: tuple = ()                # official number of train and dev rows
-    defaults: dict = field(default_factory=dict)  # overrides of train.Config
+    defaults: dict = {}             # overrides of train.Config
 
     @property
     def fields(self):
         """The columns that the templates read, each once, in order."""
-        parts = string.Formatter().parse(self.text_a + (self.text_b or ""))
-        return tuple(dict.fromkeys(name for _, name, _, _ in parts if name))
+        return tuple(dict.fromkeys(re.findall(r"{(\w+)}", self.text_a + (self.text_b or ""))))
 
     def pair(self, example):
         """(text_a, text_b) for an encoder; text_b is None for a single text."""
@@ -80,14 +67,9 @@ class Task:
         """All of the example's text in one string: what the teacher and a decoder read."""
         return "\n".join(filter(None, self.pair(example)))
 
-    def text(self, example, decoder):
-        """What this kind of student reads, in the form of pair()."""
-        return (self.prompt(example), None) if decoder else self.pair(example)
-
 # ---- the registry ------------------------------------------------------------------------------------------
 TWO, TRUTH, NLI = ("0", "1"), ("false", "true"), ("entailment", "not_entailment")
 NLI3 = ("entailment", "neutral", "contradiction")
-
 # DEVIATION: the authors' code never tokenises text_c ... text_g (COPA's second choice, WiC's word and WSC's
 # spans are lost); here whatever column the task needs stands in the template and reaches student and teacher.
 TASKS = {task.name: task for task in (
@@ -111,37 +93,24 @@ TASKS = {task.name: task for task in (
          rows=(400, 100)),
     Task("wic", "WiC", "{word}: {sentence1}", "{sentence2}", TRUTH, rows=(5428, 638)),
     Task("wsc", "WSC", "{text}", "{span2_text} refers to {span1_text}", TRUTH, rows=(554, 104)),
-    Task("objects", "", "{text}", None, ("no", "yes"), defaults={
-        "student": "tiny", "teacher": "painter",  # from scratch: a pretrained one's 2e-5 would move nothing
-        "lr": 4e-3, "epochs": 40, "beta": 20.0, "eval_every": 10}),
+    Task("objects", "", "{text}", None, ("no", "yes"), defaults={  # from scratch 2e-5 would move nothing
+        "student": "tiny", "teacher": "painter", "lr": 4e-3, "epochs": 40, "beta": 20.0, "eval_every": 10}),
 )}
 KEEP = ("question", "word", "span1_text", "span2_text")  # never cut: the rest means nothing without them
 
-# Official archives, each one folder named as Task.folder; for MRPC two lists, and GLUE's choice of dev rows.
-# ARMADA_MIRROR=URL takes the same paths from another host.
-SITE, RENAMED = "https://dl.fbaipublicfiles.com/", {"qqp": "QQP-clean", "qnli": "QNLIv2"}
-ARCHIVES = {name: [f"{SITE}glue/data/{RENAMED.get(name, TASKS[name].folder)}.zip"]
-            for name in ("cola", "sst2", "stsb", "qqp", "mnli", "qnli", "wnli")}
-ARCHIVES |= {name: [f"{SITE}glue/superglue/data/v2/{TASKS[name].folder}.zip"]
-             for name in ("boolq", "cb", "copa", "rte", "wic", "wsc")}
-ARCHIVES["mrpc"] = [f"{SITE}senteval/senteval_data/msr_paraphrase_{part}.txt" for part in ("train", "test")] + [
-    "https://raw.githubusercontent.com/MegEngine/Models/master/official/nlp/bert/glue_data/MRPC/dev_ids.tsv"]
-
 def known(name, names, what):
     """`name` itself when it is among `names`; else a UserError that suggests the nearest one."""
-    if name in names:
-        return name
-    near = difflib.get_close_matches(name, names, 1)
-    raise UserError(f"unknown {what} {name!r}: " + (f"did you mean {near[0]}? " if near else "")
-                    + f"known: {', '.join(names)}")
+    if name not in names:
+        near = "".join(f"did you mean {each}? " for each in difflib.get_close_matches(name, names, 1))
+        raise UserError(f"unknown {what} {name!r}: {near}known: {', '.join(names)}")
+    return name
 
 def find_task(name):
     """The registry entry of a case-insensitive name."""
     return TASKS[known(name.lower(), TASKS, "task")]
 
 # ---- the embedded task: everyday objects, their size in centimetres, colour and shape ----------------------
-# A student trained from scratch has never seen a piano; a picture knows how big one is.
-_OBJECTS = """
+OBJECTS = {name: (float(size), colour, shape) for name, size, colour, shape in map(str.split, """
 ant .5 black disc, seed .6 brown disc, ladybird .8 red disc, pea .9 green disc, bee 1.4 yellow disc,
 button 1.6 blue disc, ring 2 yellow disc, coin 2.2 grey disc, grape 2.4 green disc, stamp 3 red box,
 snail 3.2 brown disc, walnut 4 brown disc, matchbox 5.5 red box, egg 6 white disc, key 6.5 grey bar,
@@ -154,92 +123,84 @@ door 205 white box, bed 215 pink box, cow 240 white cone, horse 245 brown cone, 
 giraffe 520 yellow bar, van 560 white box, elephant 600 grey disc, boat 650 blue cone, truck 900 orange box,
 bus 1150 red box, tree 1200 green cone, house 1400 brown cone, lorry 1700 green box, whale 2500 blue disc,
 lighthouse 3000 red bar, church 3500 grey cone, aeroplane 4000 white bar, ferry 5200 white box,
-bridge 6000 grey bar"""
-OBJECTS = {name: (float(size), colour, shape)
-           for name, size, colour, shape in map(str.split, _OBJECTS.split(","))}
-_QUESTIONS = ("is {a} bigger than {b}?", "would {a} be larger than {b}?",
-              "does {a} take up more room than {b}?", "{a} or {b}: is the first one bigger?")
+bridge 6000 grey bar""".split(","))}
+_QUESTIONS = ("is a {} bigger than a {}?", "would a {} be larger than a {}?",
+              "does a {} take up more room than a {}?", "a {} or a {}: is the first one bigger?")
 
 def _objects():
     """120 training pairs, two held-out sets; none shared in either order, sizes at least 1 to 1.25 apart."""
     rng = random.Random(4)  # first seed whose training pairs show all objects: a word never read says nothing
-    size = {name: OBJECTS[name][0] for name in OBJECTS}
-    pairs = [(a, b) for a in OBJECTS for b in OBJECTS if size[b] >= 1.25 * size[a]]
+    pairs = [(a, b) for a in OBJECTS for b in OBJECTS if OBJECTS[b][0] >= 1.25 * OBJECTS[a][0]]
     rng.shuffle(pairs)
     rows = []
     for i, pair in enumerate(pairs):
         a, b = rng.sample(pair, 2)  # either may be the subject, which all four questions name first
-        article = {name: ("an " if name[0] in "aeiou" else "a ") + name for name in pair}
-        text = rng.choice(_QUESTIONS).format(a=article[a], b=article[b])
-        rows.append(Example({"text": text}, int(size[a] > size[b]), i, f"objects:{i}"))
+        text = re.sub(r"\ba (?=[aeiou])", "an ", rng.choice(_QUESTIONS).format(a, b))
+        rows.append(Example({"text": text}, int(OBJECTS[a][0] > OBJECTS[b][0]), i, f"objects:{i}"))
     return {"train": rows[:120], "dev": rows[120:620], "test": rows[620:]}
 
 # ---- reading the official files ----------------------------------------------------------------------------
-FILES = {"jsonl": {"train": "train.jsonl", "dev": "val.jsonl", "test": "test.jsonl"},
-         "tsv": {"train": "train.tsv", "dev": "dev.tsv", "test": "test.tsv"},
-         "mnli": {"train": "train.tsv", "dev": "dev_matched.tsv", "dev_mismatched": "dev_mismatched.tsv",
-                  "test": "test_matched.tsv", "test_mismatched": "test_mismatched.tsv"}}
-
 def load_task(name, data_dir=None, cache_dir=CACHE):
-    """{"train": [Example], "dev": [...], "test": [...]} of a task from its official files in data_dir/FOLDER.
-    Without data_dir the official archive is fetched into cache_dir. Test (and dev_mismatched) may be missing;
-    objects needs no files. Raises UserError naming file and line."""
+    """{"train": [Example], "dev": [...], "test": [...]} from official files in data_dir/FOLDER, else fetched
+    into cache_dir. Test (and dev_mismatched) may be missing. Raises UserError naming file and line."""
     task = find_task(name)
     if task.name == "objects":
         return _objects()
     folder = (Path(data_dir) if data_dir else download(task, cache_dir)) / task.folder
-    form = "mnli" if task.name == "mnli" else "jsonl" if (folder / "train.jsonl").exists() else "tsv"
-    splits = {}
-    for split, file in FILES[form].items():
-        if (folder / file).exists():
-            splits[split] = [_example(task, row, split, i, where)
-                             for i, (where, row) in enumerate(_rows(task, folder / file, split))]
-            if not splits[split]:
-                raise UserError(f"{folder / file} has no rows: fetch it again")
-        elif split in ("train", "dev"):
-            raise UserError(f"{folder / file} is missing: give --data-dir the folder that holds "
-                            f"{task.folder}/ with the official files, or leave it out to download them")
+    form, names = "tsv", {"dev": "dev_matched", "test": "test_matched"} if task.name == "mnli" else {}
+    if (folder / "train.jsonl").exists():
+        form, names = "jsonl", {"dev": "val"}
+    paths = {split: folder / f"{names.get(split, split)}.{form}"
+             for split in ("train", "dev", "dev_mismatched", "test", "test_mismatched")}
+    splits = {split: _read(task, path, split) for split, path in paths.items()
+              if split in ("train", "dev") or path.exists()}
     if not data_dir and (found := (len(splits["train"]), len(splits["dev"]))) != task.rows:
         raise UserError(f"{folder} has {found} rows in train and dev, not {task.rows}: delete it to refetch")
     return splits
 
-def _rows(task, path, split):
-    """("file:line", {column: value}) for each row of an official jsonl or tsv file."""
-    columns = None if split.startswith("test") else list(task.header) or None  # CoLA's test file has a header
+def _read(task, path, split):
+    """The Examples of one official jsonl or tsv file."""
+    columns = () if split.startswith("test") else task.header  # CoLA's test file has a header line
+    examples = []
     try:
         # utf-8-sig drops MRPC's byte-order mark; newline="\n" keeps a stray \r from splitting a row.
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
-                where, line = f"{path}:{number}", line.rstrip("\r\n")
+                where, values = f"{path}:{number}", line.rstrip("\r\n").split("\t")
                 if path.suffix == ".jsonl":
-                    row = json.loads(line or "null")
-                    if not isinstance(row, dict):
-                        raise UserError(f"{where} is not a JSON object: the file may be cut; fetch it again")
-                    yield where, row
-                elif columns is None:
-                    columns = line.split("\t")
+                    row = json.loads(line)
+                elif not columns:
+                    columns = values
+                    continue
+                elif len(values) != len(columns):
+                    raise UserError(f"{where} has {len(values)} columns, not {len(columns)}: "
+                                    f"{', '.join(columns)}")
                 else:  # GLUE's tsv is not quoted: a " is part of the text; a csv reader would swallow lines
-                    values = line.split("\t")
-                    if len(values) != len(columns):
-                        raise UserError(f"{where} has {len(values)} columns, not {len(columns)}: "
-                                        f"{', '.join(columns)}")
-                    yield where, dict(zip(columns, values))
+                    row = dict(zip(columns, values))
+                examples.append(_example(task, row, split, len(examples), where))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give --data-dir the folder that holds {task.folder}/ with the "
+                        "official files, or leave it out to download them") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON ({error.msg}): the file may be cut; fetch it again") from None
+    if not examples:
+        raise UserError(f"{path} has no rows: fetch it again")
+    return examples
 
 def _example(task, row, split, number, where):
     """A file's row -> Example: texts word for word, the label checked against the registry."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object: the file may be cut; fetch it again")
     if task.name == "wsc":
-        row = {**row, **_mark_spans(row, where)}
+        row = _mark_spans(row, where)
     fields = {}
     for name in task.fields:
-        column = name if name in row else task.columns.get(name, name)
-        if not isinstance(row.get(column), str):
-            names = " or ".join(dict.fromkeys((repr(name), repr(column))))
-            raise UserError(f"{where} has no text {names}: found {', '.join(map(str, row))}")
-        fields[name] = row[column]
+        names = dict.fromkeys((name, task.columns.get(name, name)))
+        fields[name] = next((row[each] for each in names if each in row), None)
+        if not isinstance(fields[name], str):
+            raise UserError(f"{where} has no text {' or '.join(map(repr, names))}: found {', '.join(row)}")
     raw, label = row.get(task.label_column), None
     if raw is not None or not split.startswith("test"):
         try:  # a class is spelled in lower case, and JSON's true and 1 are "true" and "1"
@@ -254,16 +215,15 @@ def _example(task, row, split, number, where):
 def _mark_spans(row, where):
     """WSC: [ ] around the noun, * * around the pronoun, in place. Indices count words between white space."""
     try:
-        text, target, marks = row["text"], row["target"], []
-        words = list(re.finditer(r"\S+", text))
+        target, words, spaces = row["target"], row["text"].split(), re.split(r"\S+", row["text"])
         for span, left, right in (("span1", "[", "]"), ("span2", "*", "*")):
             first, count = target[span + "_index"], len(target[span + "_text"].split())
-            marks += [(words[first].start(), left), (words[first + count - 1].end(), right)]
-    except (KeyError, TypeError, IndexError, AttributeError):
+            words[first] = left + words[first]
+            words[first + count - 1] += right
+    except (LookupError, TypeError, AttributeError):
         raise UserError(f"{where} has no text with two spans (text, target.span1_index ...)") from None
-    for position, mark in sorted(marks, reverse=True):  # from the end, so that earlier positions stay true
-        text = text[:position] + mark + text[position:]
-    return {"text": text, "span1_text": target["span1_text"], "span2_text": target["span2_text"]}
+    text = "".join(space + word for space, word in zip(spaces, [*words, ""]))
+    return {**row, **target, "text": text}
 
 # ---- fetching them -----------------------------------------------------------------------------------------
 def patiently(ask, what, secret=None, pauses=(1, 2, 4, 8, 16)):
@@ -275,9 +235,8 @@ def patiently(ask, what, secret=None, pauses=(1, 2, 4, 8, 16)):
         try:
             return ask()
         except urllib.error.HTTPError as error:
-            why, wait = f"{error.code} {error.reason} {error.read(200).decode(errors='replace')}", 0
-            if error.headers.get("Retry-After", "").isdigit():
-                wait = int(error.headers["Retry-After"])
+            why = f"{error.code} {error.reason} {error.read(200).decode(errors='replace')}"
+            wait = int(said) if (said := error.headers.get("Retry-After", "")).isdigit() else 0
             if error.code < 500 and error.code != 429 or wait > 600:
                 break
         except (OSError, http.client.HTTPException, LookupError, TypeError, ValueError) as error:
@@ -286,127 +245,118 @@ def patiently(ask, what, secret=None, pauses=(1, 2, 4, 8, 16)):
             time.sleep(max(pause, wait))
     raise UserError(f"could not fetch {what}: {' '.join(str(why).split())}".replace(secret or "\0", "***"))
 
-def _transfer(url, path):
-    """The file at url into path, by way of path.part, from which a broken transfer goes on."""
+def _transfer(url, part):
+    """The file at url into part, where a broken transfer is taken up again."""
     from tqdm import tqdm
-
-    part = Path(f"{path}.part")
-    have = max(0, part.stat().st_size - 1) if part.exists() else 0  # one byte again: none would be an error 416
+    have = max(0, part.stat().st_size - 1) if part.exists() else 0  # a byte again: none would be an error 416
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=20) as answer:
-        with open(part, "ab") as file:
-            file.truncate(have if answer.status == 206 else 0)
-            size = file.seek(0, os.SEEK_END) + int(answer.headers["Content-Length"] or -1)
-            with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, disable=None) as bar:
-                while block := answer.read(1 << 16):
-                    bar.update(file.write(block))
-            if file.tell() < size:
-                raise OSError(f"{file.tell()} of {size} bytes came")
-    part.replace(path)
+    with urllib.request.urlopen(request, timeout=20) as answer, open(part, "ab") as file:
+        file.truncate(have if answer.status == 206 else 0)
+        size = file.seek(0, os.SEEK_END) + int(answer.headers["Content-Length"] or -1)
+        with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, disable=None) as bar:
+            while block := answer.read(1 << 16):
+                bar.update(file.write(block))
+        if file.tell() < size:
+            raise OSError(f"{file.tell()} of {size} bytes came")
 
 def download(task, cache_dir):
-    """The folder that holds task.folder, fetched and unpacked once; a second process waits for the first."""
+    """The folder that holds task.folder, fetched and unpacked once; a second process waits for the first.
+    ARMADA_MIRROR=URL takes the same paths from another host."""
     from filelock import FileLock
-
-    data_dir, mirror = Path(cache_dir) / "data", os.environ.get("ARMADA_MIRROR")
+    site, github = ((os.environ.get("ARMADA_MIRROR") or f"https://{host}").rstrip("/")
+                    for host in ("dl.fbaipublicfiles.com", "raw.githubusercontent.com"))
+    place = "superglue/data/v2" if task.name in ("boolq", "cb", "copa", "rte", "wic", "wsc") else "data"
+    name = {"qqp": "QQP-clean", "qnli": "QNLIv2"}.get(task.name, task.folder)
+    urls = [f"{site}/glue/{place}/{name}.zip"]
+    if task.name == "mrpc":  # no archive, but two lists, and GLUE's choice of dev rows
+        urls = [f"{site}/senteval/senteval_data/msr_paraphrase_{part}.txt" for part in ("train", "test")]
+        urls += [f"{github}/MegEngine/Models/master/official/nlp/bert/glue_data/MRPC/dev_ids.tsv"]
+    data_dir = Path(cache_dir) / "data"
     data_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(data_dir / f"{task.folder}.lock"):
+    with FileLock(data_dir / f"{task.folder}.lock"), tempfile.TemporaryDirectory(dir=data_dir) as scratch:
         if (data_dir / task.folder).is_dir():
             return data_dir
         hint = f"put {task.folder}/ with the official files into FOLDER and give --data-dir FOLDER"
-        paths = []
-        for url in ARCHIVES[task.name]:
-            url = mirror.rstrip("/") + urllib.parse.urlsplit(url).path if mirror else url
-            paths.append(data_dir / f"{task.folder}-{url.rpartition('/')[2]}")
+        files = []
+        for url in urls:
             print(f"downloading {url}", flush=True)
-            patiently(lambda: _transfer(url, paths[-1]), f"{url} (or {hint})", pauses=(1, 2, 4))
-        with tempfile.TemporaryDirectory(dir=data_dir) as scratch:  # beside its goal: the rename is atomic
-            try:
-                _split_mrpc(*paths, scratch) if task.name == "mrpc" else _unzip(*paths, scratch)
-                os.rename(f"{scratch}/{task.folder}", data_dir / task.folder)
-            except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-                raise UserError(f"{url} sent damaged files ({error}): try again, or {hint}") from None
-            finally:
-                for path in paths:
-                    path.unlink(missing_ok=True)
+            part = data_dir / f"{task.folder}-{url.rpartition('/')[2]}.part"
+            patiently(lambda: _transfer(url, part), f"{url} (or {hint})", pauses=(1, 2, 4))
+            files.append(part.rename(Path(scratch, part.stem)))
+        try:
+            _unpack(task, files, Path(scratch))
+            os.rename(f"{scratch}/{task.folder}", data_dir / task.folder)  # atomic: one file system
+        except Exception as error:  # of many kinds, from zipfile, zlib and the file system
+            raise UserError(f"{url} sent damaged files ({error}): try again, or {hint}") from None
     return data_dir
 
-def _unzip(path, scratch):
-    with zipfile.ZipFile(path) as archive:  # which checks a sum of every member
-        for name in archive.namelist():
-            if name.startswith(("/", "\\")) or ".." in Path(name).parts:
-                raise ValueError(f"its member {name} would leave the folder")
-        archive.extractall(scratch)
-
-def _split_mrpc(train, test, chosen, scratch):
-    """GLUE's dev rows are the official training rows whose two ids stand in a list."""
-    folder = Path(scratch) / "MRPC"
-    folder.mkdir()
+def _unpack(task, files, folder):
+    """The files into folder. GLUE's dev rows of MRPC are the official training rows whose ids are listed."""
+    if task.name != "mrpc":
+        with zipfile.ZipFile(*files) as archive:  # which checks a sum of every member
+            for name in archive.namelist():
+                if name.startswith(("/", "\\")) or ".." in Path(name).parts:
+                    raise ValueError(f"its member {name} would leave the folder")
+            return archive.extractall(folder)
+    train, test, chosen = files
+    (folder / "MRPC").mkdir()
     ids = {tuple(line.split()) for line in chosen.read_text().splitlines()}
     header, *rows = train.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     for split, is_dev in (("train", False), ("dev", True)):
         mine = [row for row in rows if (tuple(row.split("\t")[1:3]) in ids) == is_dev]
-        (folder / f"{split}.tsv").write_text("\n".join([header, *mine, ""]), encoding="utf-8")
-    test.rename(folder / "test.tsv")
+        (folder / f"MRPC/{split}.tsv").write_text("\n".join([header, *mine, ""]), encoding="utf-8")
+    test.rename(folder / "MRPC/test.tsv")
 
 # ---- from examples to batches ------------------------------------------------------------------------------
 def encode(task, examples, tokenizer, max_length, decoder):
     """Tokenise once, before training: ([{"input_ids": [...], ...} per example], how many were shortened).
     A text over max_length tokens has its longest FIELD shortened before the template is filled. Cutting the
     filled text instead would drop the hypothesis behind a long premise, or the question."""
-    rows, shortened = [], 0
     # A decoder that is handed token_type_ids (GPT-2) adds them as if they were words.
     wanted = ("input_ids",) if decoder else ("input_ids", "token_type_ids")
-    for start in range(0, len(examples), 1000):
-        chunk = examples[start:start + 1000]
-        a, b = zip(*(task.text(example, decoder) for example in chunk))
-        encoded = tokenizer(list(a), None if b[0] is None else list(b), verbose=False)
-        for i, example in enumerate(chunk):
-            row = {key: encoded[key][i] for key in wanted if key in encoded}
-            if len(row["input_ids"]) > max_length:
-                short = tokenizer(*task.text(_shorten(task, example, tokenizer, max_length, decoder),
-                                             decoder))
-                row, shortened = {key: short[key] for key in row}, shortened + 1
-            rows.append(row)
+    def tokens(chunk):
+        a, b = zip(*((task.prompt(each), None) if decoder else task.pair(each) for each in chunk))
+        found = tokenizer(list(a), list(b) if any(b) else None, verbose=False)
+        return [{key: found[key][i] for key in wanted if key in found} for i in range(len(chunk))]
+
+    rows = [row for i in range(0, len(examples), 1000) for row in tokens(examples[i:i + 1000])]
+    shortened = sum(len(row["input_ids"]) > max_length for row in rows)
+    for i, example in enumerate(examples):
+        while (over := len(rows[i]["input_ids"]) - max_length) > 0:
+            example = _shorten(example, tokenizer, max_length, over)
+            rows[i] = tokens([example])[0]
     return rows, shortened
 
-def _shorten(task, example, tokenizer, max_length, decoder):
-    """The example with its longest fields cut between two tokens, longest first, until it fits."""
-    fields = dict(example.fields)
-    short = replace(example, fields=fields)
-    while (over := len(tokenizer(*task.text(short, decoder), verbose=False)["input_ids"]) - max_length) > 0:
-        # Where each token STARTS: several may share one character (an emoji's bytes), and cutting before the
-        # first of them always removes something, while cutting at an end may not.
-        starts = {name: [start for start, _ in tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]]
-            for name, text in fields.items() if name not in KEEP}
-        second, longest = sorted([0, *map(len, starts.values())])[-2:]
-        if longest == 0:
-            raise UserError(f"--max-length {max_length} is too small for {example.where}: with nothing left "
-                            f"to shorten it takes {max_length + over} tokens")
-        # Down to the second longest, or, where the two are about equal, half of the excess from this one.
-        keep = max(0, longest - over, min(second, longest - (over + 1) // 2))
-        name = next(name for name in starts if len(starts[name]) == longest)
-        fields[name] = fields[name][:starts[name][keep]].rstrip()
-    return short
+def _shorten(example, tokenizer, max_length, over):
+    """The example with its longest field cut between two tokens, by at most the `over` tokens too many."""
+    spans = {name: tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+             ["offset_mapping"] for name, text in example.fields.items() if name not in KEEP}
+    second, longest = sorted([0, *map(len, spans.values())])[-2:]
+    if longest == 0:
+        raise UserError(f"--max-length {max_length} is too small for {example.where}: with nothing left "
+                        f"to shorten it takes {max_length + over} tokens")
+    # Down to the second longest, or, where the two are about equal, half of the excess from this one.
+    keep = max(0, longest - over, min(second, longest - (over + 1) // 2))
+    name = max(spans, key=lambda name: len(spans[name]))
+    # Cut where a token STARTS: several may share one character (an emoji's bytes), and cutting before the
+    # first of them always removes something, while cutting at an end may not.
+    shorter = example.fields[name][:spans[name][keep][0]].rstrip()
+    return example._replace(fields={**example.fields, name: shorter})
 
 def length_grouped_batches(lengths, batch_size, seed):
-    """[[row, ...], ...]: every row once, similar lengths together, a short last batch kept, in random order.
-    Shuffle, sort within pools of 16 batches, shuffle the batches: little padding, and no two epochs alike."""
-    rng, order, batches = random.Random(seed), list(range(len(lengths))), []
+    """[[row, ...], ...], every row once: similar lengths together, yet random, and no two epochs alike."""
+    rng, order, step = random.Random(seed), list(range(len(lengths))), 16 * batch_size
     rng.shuffle(order)
-    for start in range(0, len(order), 16 * batch_size):
-        pool = sorted(order[start:start + 16 * batch_size], key=lengths.__getitem__)
-        batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
+    pools = [sorted(order[i:i + step], key=lengths.__getitem__) for i in range(0, len(order), step)]
+    batches = [pool[i:i + batch_size] for pool in pools for i in range(0, len(pool), batch_size)]
     rng.shuffle(batches)
     return batches
 
 def collate(rows, pad_id):
     """Rows -> {"input_ids", "attention_mask"[, "token_type_ids"]}, int64 (B, L), L the longest row HERE."""
     import torch
-
     width = max(len(row["input_ids"]) for row in rows)
     rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
     return {key: torch.tensor([row[key] + [pad_id * (key == "input_ids")] * (width - len(row[key]))
                                for row in rows])  # (B, L)
-            for key in ("input_ids", "attention_mask", "token_type_ids") if key in rows[0]}
+            for key in rows[0]}
