@@ -252,25 +252,27 @@ def _transfer(url, part):
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=20) as answer, open(part, "ab") as file:
         file.truncate(have if answer.status == 206 else 0)
-        size = file.seek(0, os.SEEK_END) + int(answer.headers["Content-Length"] or -1)
+        size = file.seek(0, os.SEEK_END) + int(answer.headers["Content-Length"] or 0)
         with tqdm(total=size, initial=file.tell(), unit="B", unit_scale=True, disable=None) as bar:
             while block := answer.read(1 << 16):
                 bar.update(file.write(block))
         if file.tell() < size:
             raise OSError(f"{file.tell()} of {size} bytes came")
 
-def download(task, cache_dir):
-    """The folder that holds task.folder, fetched and unpacked once; a second process waits for the first.
-    ARMADA_MIRROR=URL takes the same paths from another host."""
-    from filelock import FileLock
+def addresses(task):
+    """Where a task's official files lie; ARMADA_MIRROR=URL takes the same paths from another host."""
     site, github = ((os.environ.get("ARMADA_MIRROR") or f"https://{host}").rstrip("/")
                     for host in ("dl.fbaipublicfiles.com", "raw.githubusercontent.com"))
-    place = "superglue/data/v2" if task.name in ("boolq", "cb", "copa", "rte", "wic", "wsc") else "data"
-    name = {"qqp": "QQP-clean", "qnli": "QNLIv2"}.get(task.name, task.folder)
-    urls = [f"{site}/glue/{place}/{name}.zip"]
     if task.name == "mrpc":  # no archive, but two lists, and GLUE's choice of dev rows
-        urls = [f"{site}/senteval/senteval_data/msr_paraphrase_{part}.txt" for part in ("train", "test")]
-        urls += [f"{github}/MegEngine/Models/master/official/nlp/bert/glue_data/MRPC/dev_ids.tsv"]
+        return [f"{site}/senteval/senteval_data/msr_paraphrase_train.txt",
+                f"{site}/senteval/senteval_data/msr_paraphrase_test.txt",
+                f"{github}/MegEngine/Models/master/official/nlp/bert/glue_data/MRPC/dev_ids.tsv"]
+    place = "superglue/data/v2" if task.name in ("boolq", "cb", "copa", "rte", "wic", "wsc") else "data"
+    return [f"{site}/glue/{place}/{ {'qqp': 'QQP-clean', 'qnli': 'QNLIv2'}.get(task.name, task.folder)}.zip"]
+
+def download(task, cache_dir):
+    """The folder that holds task.folder, fetched and unpacked once; a second process waits for the first."""
+    from filelock import FileLock
     data_dir = Path(cache_dir) / "data"
     data_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(data_dir / f"{task.folder}.lock"), tempfile.TemporaryDirectory(dir=data_dir) as scratch:
@@ -278,7 +280,7 @@ def download(task, cache_dir):
             return data_dir
         hint = f"put {task.folder}/ with the official files into FOLDER and give --data-dir FOLDER"
         files = []
-        for url in urls:
+        for url in addresses(task):
             print(f"downloading {url}", flush=True)
             part = data_dir / f"{task.folder}-{url.rpartition('/')[2]}.part"
             patiently(lambda: _transfer(url, part), f"{url} (or {hint})", pauses=(1, 2, 4))
