@@ -30,7 +30,7 @@ def plot(cells):
         (curves, dots, doses), metric, mean_at = axes.values(), task.metrics[0], {}
         for i, (arm, seeds) in enumerate(arms.items()):
             values, by_epoch = [100 * cell["dev"][metric] for cell in seeds.values()], {}
-            logs = "".join((cell["folder"] / "log.jsonl").read_text() for cell in seeds.values())
+            logs = "".join((run / arm / str(seed) / "log.jsonl").read_text() for seed in seeds)
             for line in map(json.loads, logs.splitlines()):
                 if "dev" in line:
                     by_epoch.setdefault(line["epoch"], []).append(100 * line["dev"][metric])
