@@ -28,7 +28,7 @@ def compute_metrics(task_name, predictions, labels):
     classes = np.union1d(p, y) if len(task.labels) > 2 else [1]  # f1: mean over those seen, or that of "yes"
     # 2 TP / (2 TP + FP + FN) of each class; 0 where it is neither predicted nor there.
     f1 = [2 * ((p == c) & (y == c)).sum() / max(1, (p == c).sum() + (y == c).sum()) for c in classes]
-    # Ranks from 0, doubled: how many are smaller plus how many are not larger, so that equal values share one.
+    # Ranks, doubled: how many are smaller plus how many are not larger, so that equal values share one.
     ranks = (np.searchsorted(np.sort(v), v) + np.searchsorted(np.sort(v), v, "right") for v in (p, y))
     values = {"accuracy": (p == y).mean(), "f1": np.mean(f1), "mcc": _correlation(p, y),
               "pearson": _correlation(p, y), "spearman": _correlation(*ranks)}
@@ -77,8 +77,8 @@ def sign_flip_p(differences, draws=100_000):
     return float(extreme.mean() if n <= 16 else (1 + extreme.sum()) / (1 + draws))
 
 def bootstrap_interval(values, draws=10_000):
-    """95 % (low, high) around the mean by the studentised bootstrap; None for fewer than 5 values, a rough guide
-    for few. The better-known percentile interval knows no t distribution: 88 % at n = 7 (tests/test_eval.py)."""
+    """95 % (low, high) around the mean by the studentised bootstrap; None for fewer than 5 values.
+    The better-known percentile interval knows no t and covers 88 % at n = 7 (tests/test_eval.py)."""
     if len(values) < 5:
         return None
     x = np.round(np.asarray(values, float), 9)  # so that equal differences are equal to the last bit
@@ -110,8 +110,8 @@ def paired(a, b):
 
 def compare(scores, controls, level=0.05):
     """scores {arm: {seed: score}} -> {arm: {verdict, note, best_control, comparisons, to_armada}}.
-    BEATS: above EVERY control; WORSE: below the best. Holm corrects over an arm's controls (an equal arm gets a
-    verdict with probability `level` at most), nothing over the arms. A control meets "undistilled" only."""
+    BEATS: above EVERY control; WORSE: below the best. Holm corrects over an arm's controls (an equal arm gets
+    a verdict with probability `level` at most), nothing over the arms. A control meets "undistilled" only."""
     found = {}
     for arm, mine in scores.items():
         others = [name for name in controls if name != arm and (arm not in controls or name == "undistilled")]
