@@ -130,7 +130,7 @@ def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
 def load_student(folder):
     """The Student that save() wrote, on the CPU in eval mode. Neither teacher nor aligner is needed."""
     try:
-        settings = json.loads(Path(folder, "student.json").read_text())  # first: other folders lack it
+        settings = json.loads(Path(folder, "student.json").read_text())  # before the model is loaded
         student = Student(*load_pretrained(str(folder)), **settings)
         student.heads.load_state_dict(load_file(Path(folder, "heads.safetensors")))
     except (SafetensorError, OSError, ValueError, TypeError) as error:
@@ -172,7 +172,7 @@ def check_available(name, file="config.json"):
     except hub.errors.GatedRepoError:
         why = f"gated: accept its licence at {hub.constants.ENDPOINT}/{repo} and set HF_TOKEN"
     except (hub.errors.HFValidationError, hub.errors.RepositoryNotFoundError, hub.errors.EntryNotFoundError):
-        why = f"no folder here, no public model (private? set HF_TOKEN); known: tiny, {', '.join(SHORT_NAMES)}"
+        why = f"no folder here, no public model (private: HF_TOKEN); known: tiny, {', '.join(SHORT_NAMES)}"
     except Exception as error:  # no network, a proxy, a time-out, HF_HUB_OFFLINE; the hub's cache may have it
         if isinstance(hub.try_to_load_from_cache(repo, file), str):
             return how | {"local_files_only": True}
