@@ -4,10 +4,7 @@
     python eval.py runs/rte [--plot]              # the table, each arm against its controls, a verdict
     python eval.py runs/rte --rescore             # score every saved student again, write predictions_*
     python eval.py runs/rte/armada/0 runs/rte/undistilled/0   # two students, example by example (McNemar)
-
-The headline is the LAST epoch's dev score: the best epoch's, the largest of many noisy ones, is too good.
 """
-import functools
 import json
 import math
 import sys
@@ -23,22 +20,18 @@ def _correlation(a, b):
     constant = np.ptp(a) == 0 or np.ptp(b) == 0  # asked of the values: rounding leaves a - mean(a) off zero
     return 0.0 if constant else np.corrcoef(a, b)[0, 1]
 
-def _ranks(values):
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
 def compute_metrics(task_name, predictions, labels):
-    """{metric: float} of a registered task, from N class ids (or scores) each; ValueError where they differ.
-    f1: class 1 for mrpc and qqp, the mean over the classes seen for cb. Undefined values are 0."""
+    """{metric: float} of a registered task, from N class ids (or scores) each. Undefined values are 0."""
     task, p, y = find_task(task_name), np.asarray(predictions, float), np.asarray(labels, float)
     if p.shape != y.shape or p.ndim != 1 or not len(p):
         raise ValueError(f"predictions {p.shape} and labels {y.shape} must be two equal, non-empty lists")
-    classes = np.union1d(p, y) if len(task.labels) > 2 else [1]
+    classes = np.union1d(p, y) if len(task.labels) > 2 else [1]  # f1: mean over those seen, or that of "yes"
     # 2 TP / (2 TP + FP + FN) of each class; 0 where it is neither predicted nor there.
     f1 = [2 * ((p == c) & (y == c)).sum() / max(1, (p == c).sum() + (y == c).sum()) for c in classes]
+    # Ranks, doubled: how many are smaller plus how many are not larger, so that equal values share one.
+    ranks = (np.searchsorted(np.sort(v), v) + np.searchsorted(np.sort(v), v, "right") for v in (p, y))
     values = {"accuracy": (p == y).mean(), "f1": np.mean(f1), "mcc": _correlation(p, y),
-              "pearson": _correlation(p, y), "spearman": _correlation(_ranks(p), _ranks(y))}
+              "pearson": _correlation(p, y), "spearman": _correlation(*ranks)}
     return {name: float(values[name]) for name in task.metrics}
 
 def score(task, examples, answers):
@@ -68,8 +61,7 @@ def retrieval_at_1(p_t, p_s):
 
 def linear_cka(p_t, p_s):
     """|X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms, X, Y the centred arrays (N, d): 0 to 1, constant: 0.
-    Are the same examples alike in both spaces? Rotation and scale do not matter (Kornblith et al. 2019).
-    Unless N is far above d, unrelated spaces score well above 0 too: compare arms."""
+    Blind to rotation and scale (Kornblith et al. 2019). Compare arms: it starts at 0 only if N >> d."""
     x, y = (p - p.mean(axis=0, dtype=float) for p in (p_t, p_s))
     k, m = x @ x.T, y @ y.T                                       # (N, N); <k, m> = |X^T Y|^2
     return float((k * m).sum() / max(1e-300, np.linalg.norm(k) * np.linalg.norm(m)))
@@ -86,17 +78,15 @@ def sign_flip_p(differences, draws=100_000):
 
 def bootstrap_interval(values, draws=10_000):
     """95 % (low, high) around the mean by the studentised bootstrap; None for fewer than 5 values.
-    The better-known percentile interval covers 88 % at n = 7 (tests/test_eval.py): resampled means vary too
-    little, by sqrt((n-1)/n), and know no t distribution. From few values it is a rough guide either way."""
+    The better-known percentile interval knows no t and covers 88 % at n = 7 (tests/test_eval.py)."""
     if len(values) < 5:
         return None
     x = np.round(np.asarray(values, float), 9)  # so that equal differences are equal to the last bit
     again = np.random.default_rng(0).choice(x, (draws, len(x)))
     again = again[np.ptp(again, axis=1) > 0]  # a resample of one value n times has no t
-    if not len(again):
-        return float(x.mean()), float(x.mean())
     t = (again.mean(axis=1) - x.mean()) / again.std(axis=1, ddof=1)
-    return tuple((x.mean() - x.std(ddof=1) * np.quantile(t, [0.975, 0.025])).tolist())
+    high, low = np.quantile(t, [0.975, 0.025]) if len(t) else (0, 0)  # without any, all values are equal
+    return float(x.mean() - high * x.std(ddof=1)), float(x.mean() - low * x.std(ddof=1))
 
 def holm(ps):
     """Holm's adjusted p, in the order given: the k-th smallest of m times m - k + 1, never falling."""
@@ -119,10 +109,9 @@ def paired(a, b):
             "p": sign_flip_p(d)} if d else None
 
 def compare(scores, controls, level=0.05):
-    """Each arm against each control: {arm: {verdict, note, best_control, comparisons, to_armada}}.
-    scores {arm: {seed: score}}. BEATS: above EVERY control. WORSE: below the best one, found by looking: Holm
-    corrects over an arm's controls, so that an arm equal to them gets either verdict with probability `level`
-    at most. Nothing corrects over the arms of a table. A control is compared with "undistilled" only."""
+    """scores {arm: {seed: score}} -> {arm: {verdict, note, best_control, comparisons, to_armada}}.
+    BEATS: above EVERY control; WORSE: below the best. Holm corrects over an arm's controls (an equal arm gets
+    a verdict with probability `level` at most), nothing over the arms. A control meets "undistilled" only."""
     found = {}
     for arm, mine in scores.items():
         others = [name for name in controls if name != arm and (arm not in controls or name == "undistilled")]
@@ -148,15 +137,15 @@ def find_cells(runs):
     """The ARM/SEED folders, finished or with a saved student, at or below the given ones, each once."""
     cells = {}
     for run in runs:
-        found = sorted(folder for folder in Path(run).resolve().glob("**/") if folder.name.isdigit() and (
-            (folder / "metrics.json").exists() or (folder / "last/student.json").exists()))
+        found = [folder for folder in sorted(Path(run).resolve().glob("**/")) if folder.name.isdigit() and
+                 any((folder / name).exists() for name in ("metrics.json", "last/student.json"))]
         if not found:
             raise UserError(f"{run} holds no saved run (ARM/SEED/): give a training's --out, or part of it")
         cells |= dict.fromkeys(found)
     return list(cells)
 
 def read_cells(folders):
-    """{folder: its metrics.json}; an unfinished cell has none."""
+    """{folder: its metrics.json} of the finished cells."""
     cells = {}
     for path in [folder / "metrics.json" for folder in folders if (folder / "metrics.json").exists()]:
         try:
@@ -165,39 +154,37 @@ def read_cells(folders):
             raise UserError(f"{path} is damaged: delete it and --resume the run") from None
     return cells
 
-def evaluate_cell(cell, data_dir):
-    """Score a cell's saved students again, write predictions_*; its metrics anew, and who is right on dev."""
+def evaluate_cell(cell, metrics, data_dir):
+    """Score a cell's saved students again, into `metrics` and predictions_* -> who is right on dev."""
     import torch
-
     from student import load_student
-
+    print(f"scoring {cell}", file=sys.stderr)
     config = json.loads((cell / "config.json").read_text())
-    metrics = read_cells([cell]).get(cell) or {"task": config["task"], "arm": config["arms"][0]}
     task, device = find_task(config["task"]), "cuda" if torch.cuda.is_available() else "cpu"
     splits = load_task(task.name, data_dir or config["data_dir"], config["cache_dir"])
-
+    metrics.update(task=task.name, arm=config["arms"][0])
     def answers(folder, split):
         student = load_student(cell / folder).to(device)
         rows, _ = encode(task, splits[split], student.tokenizer, config["max_length"], student.decoder)
         return student.answers(rows)[0]
 
+    if (cell / "best").exists():  # not in a run that was stopped before its first evaluation
+        metrics.setdefault("best", {})["dev"] = score(task, splits["dev"], answers("best", "dev"))
     found = {split: answers("last", split) for split in splits if split != "train"}
     for split in found:
         write_predictions(cell, split, task, splits[split], found[split])
         metrics[split] = score(task, splits[split], found[split])
-    if (cell / "best").exists():  # not in a run that was stopped before its first evaluation
-        metrics.setdefault("best", {})["dev"] = score(task, splits["dev"], answers("best", "dev"))
-    return metrics, [answer == example.label for answer, example in zip(found["dev"], splits["dev"])]
+    return [answer == example.label for answer, example in zip(found["dev"], splits["dev"])]
 
 def by_run(cells):
-    """Yields (run folder, task, {arm: {seed: metrics and "folder"}}), the arms in the training's order."""
+    """Yields (run folder, task, {arm: {seed: metrics}}), the arms in the training's order."""
     for run in dict.fromkeys(folder.parents[1] for folder in cells):
-        mine = [metrics | {"folder": folder} for folder, metrics in cells.items() if folder.parents[1] == run]
-        path = run / "config.json"
-        arms = {arm: {} for arm in json.loads(path.read_text())["arms"]} if path.exists() else {}
-        for cell in sorted(mine, key=lambda cell: int(cell["folder"].name)):
-            arms.setdefault(cell["arm"], {})[int(cell["folder"].name)] = cell
-        yield run, find_task(mine[0]["task"]), {arm: seeds for arm, seeds in arms.items() if seeds}
+        mine = sorted((int(folder.name), folder) for folder in cells if folder.parents[1] == run)
+        config = run / "config.json"
+        arms = {arm: {} for arm in json.loads(config.read_text())["arms"]} if config.exists() else {}
+        for seed, folder in mine:
+            arms.setdefault(cells[folder]["arm"], {})[seed] = cells[folder]
+        yield run, find_task(cells[folder]["task"]), {arm: seeds for arm, seeds in arms.items() if seeds}
 
 # ---- what a person reads -----------------------------------------------------------------------------------
 def aligned(rows):
@@ -207,10 +194,11 @@ def aligned(rows):
 
 def spread(cells, *keys):
     """Mean and standard deviation in % of the fraction at [key][key] ... of those cells that have one."""
-    values = [functools.reduce(lambda part, key: (part or {}).get(key), keys, cell) for cell in cells]
-    values = [100 * value for value in values if value is not None]
+    for key in keys:
+        cells = [cell[key] for cell in cells if cell.get(key) is not None]
+    values = 100 * np.array(cells)
     deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{deviation}" if values else "-"
+    return f"{np.mean(values):.1f}{deviation}" if len(values) else "-"
 
 def report(cells):
     """The text on {cell folder: metrics}, run by run; writes comparison.json into the folder of each run."""
@@ -228,21 +216,21 @@ def report(cells):
             # Only finished cells are compared; one that was stopped on its way has no "control" to tell.
             scores[arm] = {seed: cell["dev"][metric] for seed, cell in seeds.items() if "control" in cell}
             controls += [arm] if any(cell.get("control") for cell in seeds.values()) else []
+        compared = compare(scores, controls)
         lines += [f"{task.name}: dev {metric} in %, mean ± standard deviation over seeds", *aligned(rows),
-                  "* chosen on dev, so too good: compare arms by the last epoch"]
-        lines += verdicts(compared := compare(scores, controls))
+                  "* chosen on dev, so too good: compare arms by the last epoch", *verdicts(compared)]
         if cells.keys() >= {path.parent for path in run.glob("*/*/metrics.json")}:  # not for a part of a run
-            write = {arm: {"scores": by_seed, "interval": bootstrap_interval([*by_seed.values()]),
-                           **compared.get(arm, {})} for arm, by_seed in scores.items() if by_seed}
-            (run / "comparison.json").write_text(
-                json.dumps({"task": task.name, "metric": metric, "arms": write}, indent=1))
+            answer = {arm: {"scores": by_seed, "interval": bootstrap_interval([*by_seed.values()]),
+                            **compared.get(arm, {})} for arm, by_seed in scores.items() if by_seed}
+            answer = {"task": task.name, "metric": metric, "arms": answer}
+            (run / "comparison.json").write_text(json.dumps(answer, indent=1))
     return "\n".join(lines)
 
 def verdicts(compared):
     """The lines on compare()'s answer, an arm each."""
     def words(row):
-        interval = row["interval"] and " [{:+.1f}, {:+.1f}]".format(*100 * np.array(row["interval"]))
-        return f"{100 * row['difference']:+.1f}{interval or ''}, p {row.get('p_holm', row['p']):.2g}"
+        interval = " [{:+.1f}, {:+.1f}]".format(*100 * np.array(row["interval"])) if row["interval"] else ""
+        return f"{100 * row['difference']:+.1f}{interval}, p {row.get('p_holm', row['p']):.2g}"
 
     if not compared:
         return ["no verdict without a control: train with --arms undistilled,armada,shuffled --seeds 0,1 ..."]
@@ -256,76 +244,31 @@ def verdicts(compared):
             *aligned(rows)]
 
 def agreement(cells, right):
-    """The text on two cells {folder: metrics}, given {folder: is each dev example answered right?}."""
+    """The text on two cells {folder: metrics}, given for each: is a dev example answered right?"""
     task, other = (metrics["task"] for metrics in cells.values())
     a, b = ("/".join(folder.parts[-3:]) for folder in cells)
     if task != other or not find_task(task).labels:
         raise UserError(f"{a} and {b}: example by example, give two cells of one classification task")
-    (both, only_a, only_b, neither), p = mcnemar(*right.values())
-    return (f"{task}, {both + only_a + only_b + neither} dev examples: both right {both}, only {a} {only_a}, "
+    (both, only_a, only_b, neither), p = mcnemar(*right)
+    return (f"{task}, {len(right[0])} dev examples: both right {both}, only {a} {only_a}, "
             f"only {b} {only_b}, both wrong {neither}; McNemar's exact p {p:.2g}")
-
-def plot(cells):
-    """Writes learning_curves.png, arms.png and, given two doses, dose_response.png into each run's folder."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-
-    def mark(ax, x, values, colour):
-        """The seeds as faint dots, their mean with its interval where there is one."""
-        ax.plot([x] * len(values), values, ".", color="0.65")
-        ax.plot([x, x], bootstrap_interval(values) or [np.nan, np.nan], "_-", color="black", markersize=10)
-        ax.plot(x, np.mean(values), "o", color="black", markerfacecolor=colour)
-
-    labels = {"learning_curves": "epoch (mean over seeds)",
-              "arms": "dots are seeds, hollow circles controls, bars 95 % intervals of the mean",
-              "dose_response": "dose of the picture, RHO in painter:RHO; dots are seeds, bars 95 % intervals"}
-    for run, task, arms in by_run(cells):
-        axes = {name: Figure(figsize=(7, 4.5), layout="constrained").subplots() for name in labels}
-        (curves, dots, doses), metric, mean_at = axes.values(), task.metrics[0], {}
-        for i, (arm, seeds) in enumerate(arms.items()):
-            values, by_epoch = [100 * cell["dev"][metric] for cell in seeds.values()], {}
-            logs = "".join((cell["folder"] / "log.jsonl").read_text() for cell in seeds.values())
-            for line in map(json.loads, logs.splitlines()):
-                if "dev" in line:
-                    by_epoch.setdefault(line["epoch"], []).append(100 * line["dev"][metric])
-            style = "osD^v<>PX*"[i % 10] + ("-", "--", ":", "-.")[i % 4]  # told apart in grey print too
-            curves.plot(by_epoch.keys(), [np.mean(seen) for seen in by_epoch.values()], style,
-                        color=str(0.75 * i / len(arms)), label=arm)
-            first = next(iter(seeds.values()))
-            mark(dots, i, values, "white" if first.get("control") else "black")
-            kind, _, rho = first.get("teacher", "").partition(":")
-            if kind == "painter" and (arm == "armada" or arm.startswith("dose-")):
-                mean_at[float(rho or 1)] = np.mean(values)
-                mark(doses, float(rho or 1), values, "black")
-            elif arm == "undistilled":
-                doses.legend([doses.axhline(np.mean(values), color="0.4", linestyle="--")], [arm])
-        doses.plot(*zip(*sorted(mean_at.items())), color="black")
-        dots.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
-        curves.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-        for name, ax in [*axes.items()][:3 if len(mean_at) > 1 else 2]:
-            ax.set(xlabel=labels[name], ylabel=f"{task.name}, dev {metric} (%)")
-            ax.figure.savefig(run / f"{name}.png", dpi=150)
-            print(f"wrote {run / name}.png")
 
 def main(argv=None):
     parser = Parser(prog="eval.py", allow_abbrev=False, description="Compare arms, or two students.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder that a training wrote, or part of it; "
-                        "two ARM/SEED folders are compared example by example.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="A run, part of it, or two ARM/SEED folders.")
     parser.add_argument("--plot", action="store_true", help="Draw curves, arms and doses into RUN.")
     parser.add_argument("--rescore", action="store_true", help="Score finished cells again too.")
     parser.add_argument("--data-dir", help="Folder of the task files, where they have moved since.")
     args = parser.parse_args(argv)
     try:
-        folders, right = find_cells(args.runs), {}
+        folders = find_cells(args.runs)
         pair = len(args.runs) == 2 and folders == [Path(run).resolve() for run in args.runs]  # are cells
-        cells = dict.fromkeys(folders) | ({} if pair or args.rescore else read_cells(folders))
-        for folder in [folder for folder in folders if not cells[folder]]:
-            print(f"scoring {folder}", file=sys.stderr)
-            cells[folder], right[folder] = evaluate_cell(folder, args.data_dir)
+        cells = {folder: {} for folder in folders} | read_cells(folders)
+        right = [evaluate_cell(folder, metrics, args.data_dir) for folder, metrics in cells.items()
+                 if pair or args.rescore or not metrics]
         print(agreement(cells, right) if pair else report(cells))
         if args.plot and not pair:
+            from tests.figures import plot  # the figures lie in tests/, which is part of the repository
             plot(cells)
     except (UserError, OSError) as error:  # OSError: a folder that cannot be written
         parser.exit(2, f"eval.py: error: {error}\n")

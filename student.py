@@ -7,7 +7,6 @@ Shapes: B batch, L tokens, d_s width of the language model, C labels, d shared p
     a_s = C'_s drop(p_s)      (B, C)    auxiliary logits
 
     student = build_student("bert-base", num_labels=2, proj_dim=1024)   # short name, hub id, folder or "tiny"
-    student(input_ids, attention_mask).logits
     load_student("runs/rte/armada/0/last").predict([("A man sleeps.", "A man is awake.")])
 """
 import difflib
@@ -33,12 +32,10 @@ transformers.logging.set_verbosity_error()  # its load report lists the vocabula
 transformers.logging.disable_progress_bar()
 
 # DEVIATION: the authors' `nlayers 6` cuts every student to six layers; here only bert-6l is cut.
-SHORT_NAMES = {
-    "bert-base": "google-bert/bert-base-uncased", "bert-6l": "google-bert/bert-base-uncased",
-    "deberta-v2-xxlarge": "microsoft/deberta-v2-xxlarge", "opt-125m": "facebook/opt-125m",
-    "opt-1.3b": "facebook/opt-1.3b", "llama-3b": "meta-llama/Llama-3.2-3B", "llama-7b": "huggyllama/llama-7b",
-    "llama-8b": "meta-llama/Llama-3.1-8B"}
-POOLERS = ("bert", "roberta", "xlm-roberta")  # families whose own pooler, tanh on the first token, is used
+SHORT_NAMES = {"bert-base": "google-bert/bert-base-uncased", "bert-6l": "google-bert/bert-base-uncased",
+               "deberta-v2-xxlarge": "microsoft/deberta-v2-xxlarge", "opt-125m": "facebook/opt-125m",
+               "opt-1.3b": "facebook/opt-1.3b", "llama-3b": "meta-llama/Llama-3.2-3B",
+               "llama-7b": "huggyllama/llama-7b", "llama-8b": "meta-llama/Llama-3.1-8B"}
 
 class Student(nn.Module):
     """A language model with heads: student(input_ids, attention_mask, token_type_ids=None) -> Outputs."""
@@ -75,8 +72,8 @@ class Student(nn.Module):
 
     def pool(self, out, attention_mask):
         """One vector a text, the same whatever the padding: (B, L, d_s) -> (B, d_s)."""
-        if self.lm.config.model_type in POOLERS:
-            return out.pooler_output
+        if self.lm.config.model_type in ("bert", "roberta", "xlm-roberta"):
+            return out.pooler_output  # tanh on the first token
         # DEVIATION: the authors take OPT's last position, padding or not, and LLaMA's position 0, which under
         # a causal mask has read one token: the same vector for every text. Here it is the last real token,
         # found by the mask, never by its id (pad may equal end-of-text). Other encoders: the first token.
@@ -132,14 +129,13 @@ def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
 
 def load_student(folder):
     """The Student that save() wrote, on the CPU in eval mode. Neither teacher nor aligner is needed."""
-    folder = Path(folder)
-    if not (folder / "student.json").is_file():
-        raise UserError(f"{folder} holds no student.json: give a run's last/ or best/ folder")
     try:
-        student = Student(*load_pretrained(str(folder)), **json.loads((folder / "student.json").read_text()))
-        student.heads.load_state_dict(load_file(folder / "heads.safetensors"))
+        settings = json.loads(Path(folder, "student.json").read_text())  # before the model is loaded
+        student = Student(*load_pretrained(str(folder)), **settings)
+        student.heads.load_state_dict(load_file(Path(folder, "heads.safetensors")))
     except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder} is damaged: {' '.join(str(error).split())[:200]}") from None
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} is damaged or not a run's last/ or best/ folder: {why}") from None
     return student.eval()
 
 def _tiny(texts):
@@ -164,39 +160,37 @@ def _tiny(texts):
 def check_available(name, file="config.json"):
     """from_pretrained arguments for a short name, hub id or folder; UserError in seconds, before any weight.
     Left alone, transformers retries an unreachable hub for half a minute; we ask once, for the config."""
-    if Path(name).is_dir():
-        if not (Path(name) / file).is_file():
-            raise UserError(f"{name} holds no {file}: give a folder that save_pretrained wrote")
-        return {"pretrained_model_name_or_path": str(name)}
-    repo, near = SHORT_NAMES.get(name, name), difflib.get_close_matches(name, [*SHORT_NAMES, "tiny"], 1)
-    hint = f"did you mean {near[0]}? " if near and name not in SHORT_NAMES else ""
+    repo = str(name) if Path(name).is_dir() else SHORT_NAMES.get(name, name)
+    how = {"pretrained_model_name_or_path": repo}
+    if Path(repo, file).is_file():
+        return how
+    if Path(repo).is_dir():
+        raise UserError(f"{name} holds no {file}: give a folder that save_pretrained wrote")
     try:
         hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=5)
-        return {"pretrained_model_name_or_path": repo}
+        return how
     except hub.errors.GatedRepoError:
-        raise UserError(f"{repo} is gated: accept its licence at {hub.constants.ENDPOINT}/{repo} and set "
-                        "HF_TOKEN") from None
+        why = f"gated: accept its licence at {hub.constants.ENDPOINT}/{repo} and set HF_TOKEN"
     except (hub.errors.HFValidationError, hub.errors.RepositoryNotFoundError, hub.errors.EntryNotFoundError):
-        raise UserError(f"{name!r} is no folder here and no model on the hub: {hint}known short names: tiny, "
-                        f"{', '.join(SHORT_NAMES)}; a private model needs HF_TOKEN") from None
+        why = f"no folder here, no public model (private: HF_TOKEN); known: tiny, {', '.join(SHORT_NAMES)}"
     except Exception as error:  # no network, a proxy, a time-out, HF_HUB_OFFLINE; the hub's cache may have it
         if isinstance(hub.try_to_load_from_cache(repo, file), str):
-            return {"pretrained_model_name_or_path": repo, "local_files_only": True}
-        raise UserError(f"could not fetch {repo} from the hub ({' '.join(str(error).split())[:100]}): {hint}"
-                        f"connect, or give the folder that `hf download {repo}` made elsewhere") from None
+            return how | {"local_files_only": True}
+        why = f"{' '.join(str(error).split())[:100]}; connect, or give the folder of an `hf download {repo}`"
+    near = difflib.get_close_matches(name, [*SHORT_NAMES, "tiny"], 1) if repo == name else []
+    raise UserError(f"could not fetch {repo}: {why}" + "".join(f"; did you mean {short}?" for short in near))
 
 def load_pretrained(name, model_class=transformers.AutoModel):
     """(model, tokenizer) from a short name, hub id or folder; float32 whatever the checkpoint's dtype.
     OPT's is float16, in which lr times gradient rounds to nothing, and which GradScaler refuses."""
     how, cut = check_available(name), {"num_hidden_layers": 6} if name == "bert-6l" else {}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**how)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**how, padding_side="right")
         model, info = model_class.from_pretrained(**how, **cut, dtype=torch.float32, output_loading_info=True)
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        why = " ".join(str(error).split())[:300]
-        if "entencepiece" in why or "tiktoken" in why:  # transformers names the wrong package
-            why += "; pip install sentencepiece protobuf"
-        raise UserError(f"could not load {name}: {why}") from None
+        missing = re.search("entencepiece|tiktoken", str(error))  # transformers names the wrong package
+        more = "; pip install sentencepiece protobuf" if missing else ""
+        raise UserError(f"could not load {name}: {' '.join(str(error).split())[:300]}{more}") from None
     if model.config.is_encoder_decoder or not hasattr(model.config, "hidden_size"):
         raise UserError(f"{name} is a {model.config.model_type} model: give one like BERT or OPT")
     # Without its files transformers invents an empty tokenizer, to which every text is the same.
@@ -205,5 +199,4 @@ def load_pretrained(name, model_class=transformers.AutoModel):
     if info["missing_keys"]:
         print(f"note: {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}, which start at random")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token  # LLaMA has none
-    tokenizer.padding_side = "right"
     return model, tokenizer
