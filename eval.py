@@ -134,24 +134,18 @@ def compare(scores, controls, level=0.05):
 
 # ---- runs --------------------------------------------------------------------------------------------------
 def find_cells(runs):
-    """The ARM/SEED folders, finished or with a saved student, at or below the given ones, each once."""
+    """{ARM/SEED folder: its metrics.json, {} where a student was saved but never finished} at or below `runs`."""
     cells = {}
     for run in runs:
         found = [folder for folder in sorted(Path(run).resolve().glob("**/")) if folder.name.isdigit() and
                  any((folder / name).exists() for name in ("metrics.json", "last/student.json"))]
         if not found:
             raise UserError(f"{run} holds no saved run (ARM/SEED/): give a training's --out, or part of it")
-        cells |= dict.fromkeys(found)
-    return list(cells)
-
-def read_cells(folders):
-    """{folder: its metrics.json} of the finished cells."""
-    cells = {}
-    for path in [folder / "metrics.json" for folder in folders if (folder / "metrics.json").exists()]:
-        try:
-            cells[path.parent] = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path} is damaged: delete it and --resume the run") from None
+        for path in [folder / "metrics.json" for folder in found]:
+            try:
+                cells[path.parent] = json.loads(path.read_text()) if path.exists() else {}
+            except ValueError:
+                raise UserError(f"{path} is damaged: delete it and --resume the run") from None
     return cells
 
 def evaluate_cell(cell, metrics, data_dir):
@@ -261,9 +255,8 @@ def main(argv=None):
     parser.add_argument("--data-dir", help="Folder of the task files, where they have moved since.")
     args = parser.parse_args(argv)
     try:
-        folders = find_cells(args.runs)
-        pair = len(args.runs) == 2 and folders == [Path(run).resolve() for run in args.runs]  # are cells
-        cells = {folder: {} for folder in folders} | read_cells(folders)
+        cells = find_cells(args.runs)
+        pair = len(args.runs) == 2 and list(cells) == [Path(run).resolve() for run in args.runs]
         right = [evaluate_cell(folder, metrics, args.data_dir) for folder, metrics in cells.items()
                  if pair or args.rescore or not metrics]
         print(agreement(cells, right) if pair else report(cells))
