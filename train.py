@@ -21,7 +21,7 @@ import signal
 import sqlite3
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -224,71 +224,69 @@ def precision(config):
     elif config.amp == "fp16":
         raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
     amp, why = (best, why) if config.amp == "auto" else (config.amp, "as asked")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-    autocast = (lambda: torch.autocast(device.type, dtype=dtype)) if dtype else nullcontext
-    # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range.
-    scaled = {"student": amp == "fp16", "aligner": False}  # which is float32 whatever the student is
-    scalers = {role: torch.amp.GradScaler(device.type, enabled=needed) for role, needed in scaled.items()}
-    return device, autocast, scalers, f"{device}, amp {amp} ({why})"
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range. The
+    # aligner is float32 whatever the student is.
+    scalers = {role: torch.amp.GradScaler(device.type, enabled=role == "student" and amp == "fp16")
+               for role in ("aligner", "student")}
+    return (device, lambda: torch.autocast(device.type, dtype, enabled=amp != "off"), scalers,
+            f"{device}, amp {amp} ({why})")
 
 def to_device(tensor, device):
     """On CUDA from pinned memory and without waiting, so that the copy overlaps the step before."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-def replace_folder(folder, write):
-    """write(new) beside, then rename. A kill at any instant leaves one whole folder, FOLDER or FOLDER.old."""
-    new, old = Path(f"{folder}.new"), Path(f"{folder}.old")
+@contextmanager
+def replacing(path):
+    """Yields a path beside to write a file or folder at, then renames it. A kill at any instant leaves the
+    old or the new one whole, a folder perhaps as PATH.old: see recover()."""
+    new, old = Path(f"{path}.new"), Path(f"{path}.old")
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    write(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield new
+    if path.is_dir():  # a file is replaced in one go, a folder only if it is empty
+        path.rename(old)
+    new.replace(path)
     shutil.rmtree(old, ignore_errors=True)
 
-def recover_folder(folder):
-    """Undo what a kill between replace_folder's two renames leaves; True if there is a whole folder."""
+def recover(folder):
+    """Undo what a kill between the two renames of replacing() leaves."""
     old = Path(f"{folder}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-    return folder.exists()
 
 def write_json(path, content):
-    """Beside, then renamed: nobody ever reads half a file. Its folder is made if need be."""
-    beside = Path(f"{path}.new")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(content, indent=1))
-    beside.replace(path)
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=1))
 
 @contextmanager
 def interruptible():
     """Yields a list that Ctrl-C fills instead of raising: no step is cut in half; a second stops at once."""
-    pressed, handler = [], signal.default_int_handler
-    before = signal.signal(signal.SIGINT, lambda *args: handler(*args) if pressed else pressed.append(1))
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: pressed.append(signal.signal(signal.SIGINT, before)))
     try:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
 
-def read_log(waiting, seconds, scaler):
-    """One line for log.jsonl: the means of waiting = [(values on the device, facts)] since the last one.
+def means(waiting, facts, scaler):
+    """{name: mean} of waiting = [{name: value on the device}], the steps since the last line of log.jsonl.
     Read now and then only: an .item() each step would stall the CPU until the GPU is done. UserError names
     the first value that is not finite and its step. fp16's scaler finds its scale by overflowing, so there an
     infinite gradient is a skipped step and no fault, unless no scale is small enough."""
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise UserError("fp16 gradients overflow at every loss scale: try --amp bf16 or off")
-    steps = [facts for _, facts in waiting]
-    line = {**steps[-1], "steps": len(steps), "tokens": sum(facts["tokens"] for facts in steps)}
-    for name in waiting[0][0]:
-        column = torch.stack([values[name].float() for values, _ in waiting]).tolist()
+    found = {}
+    for name in waiting[0]:
+        column = torch.stack([values[name].float() for values in waiting]).tolist()
         finite = [value for value in column if math.isfinite(value)]
         if len(finite) < len(column) and not (name == "grad_norm" and scaler.is_enabled()):
-            bad = next(facts for facts, value in zip(steps, column) if not math.isfinite(value))
-            raise UserError(f"the {bad['role']}'s {name} is not finite at step {bad['step']} (epoch "
-                            f"{bad['epoch']}); nothing was saved since. Lower --lr, --beta, or try --amp off")
-        line[name] = sum(finite) / max(1, len(finite))
-    return {**line, "tokens_per_second": round(line["tokens"] / seconds)}
+            ago = len(column) - 1 - [math.isfinite(value) for value in column].index(False)
+            raise UserError(f"the {facts['role']}'s {name} is not finite at step {facts['step'] - ago} (epoch "
+                            f"{facts['epoch']}); nothing was saved since. Lower --lr, --beta, or try --amp off")
+        found[name] = sum(finite) / max(1, len(finite))
+    return found
 
 # ---- the data of a run -------------------------------------------------------------------------------------
 class Data:
@@ -298,16 +296,15 @@ class Data:
         self.task = find_task(config.task)
         self.splits = load_task(config.task, config.data_dir, config.cache_dir)
         self.rows, self.vectors = {}, {}  # token ids by split; readers of vectors by teacher and split
+        self.dim = config.proj_dim        # of the shared projection space; the width of --teacher by default,
         arms = [replace(config, **ARMS[arm]) for arm in config.arms]
-        wanted = dict.fromkeys(arm.teacher for arm in arms if is_distilled(arm))
-        # --teacher itself first: its width is that of the projection, which an undistilled arm has too.
-        for spec in {config.teacher: None, **wanted}:
+        wanted = [arm.teacher for arm in arms if is_distilled(arm)]
+        for spec in dict.fromkeys([config.teacher, *wanted]):  # hence first, even if no arm looks at it
             teacher = build_teacher(spec, config.picture_encoder)
-            if spec == config.teacher:
-                self.dim = teacher.dim
-            if (config.proj_dim or self.dim) > teacher.dim:
-                raise UserError(f"--proj-dim {config.proj_dim or self.dim} is more than the {teacher.dim} of "
-                                f"{spec}: give --proj-dim {teacher.dim} or less")
+            self.dim = self.dim or teacher.dim
+            if self.dim > teacher.dim:
+                raise UserError(f"--proj-dim {self.dim} is more than the {teacher.dim} of {spec}: "
+                                f"give --proj-dim {teacher.dim} or less")
             if spec in wanted:
                 self.vectors[spec], _ = open_vectors(teacher, self.task, self.splits, config.cache_dir,
                                                      config.limit, config.max_pictures)
@@ -316,8 +313,6 @@ class Data:
 
     def encode(self, student, config):
         """Token ids of every split, by the first cell's tokenizer (all cells have the same)."""
-        if self.rows:
-            return
         longest, most = config.max_length, student.max_tokens
         if longest > most:
             raise UserError(f"--max-length {longest}: {config.student} reads at most {most} tokens")
@@ -351,38 +346,39 @@ class Cell:
 
     def __init__(self, config, data, folder):
         self.config, self.data, self.folder, self.seed = config, data, folder, config.seeds[0]
-        self.done, self.best, self.seconds = 0, None, 0.0
+        self.done, self.best, self.seconds, self.lines = 0, None, 0.0, []  # lines: of log.jsonl
         self.device, self.autocast, self.scalers, _ = precision(config)
-        labels, proj_dim, last = max(1, len(data.task.labels)), config.proj_dim or data.dim, folder / "last"
-        recover_folder(folder / "best")
-        saved = recover_folder(last) and (last / "training.json").exists()
+        labels, last = max(1, len(data.task.labels)), folder / "last"
+        recover(folder / "best")
+        recover(last)
+        saved = (last / "training.json").exists()
         torch.manual_seed(seed_of(self.seed, "student"))
         texts = [text for example in data.splits["train"] for text in data.task.pair(example) if text]
         self.student = load_student(last) if saved else build_student(
-            config.student, labels, proj_dim, texts, orthogonal=config.orthogonal_student,
+            config.student, labels, data.dim, texts, orthogonal=config.orthogonal_student,
             labels=data.task.labels, max_length=config.max_length)
         large = sum(p.numel() for p in self.student.lm.parameters()) > 300e6 and self.device.type == "cuda"
-        if {"on": True, "off": False, "auto": large}[config.grad_checkpoint]:
+        if config.grad_checkpoint == "on" or (config.grad_checkpoint == "auto" and large):
             self.student.checkpoint_gradients()
         torch.manual_seed(seed_of(self.seed, "aligner"))
         self.aligner = self.vectors = None
         if is_distilled(config):
             self.vectors, self.lookup = data.vectors[config.teacher], data.lookup(config, self.seed)
-            self.aligner = TSAligner(self.vectors["dev"]([0]).shape[1], labels, proj_dim=proj_dim)
+            self.aligner = TSAligner(self.vectors["dev"]([0]).shape[1], labels, proj_dim=data.dim)
         models = [("aligner", self.aligner), ("student", self.student)]  # in the order of an epoch
         self.models = torch.nn.ModuleDict([pair for pair in models if pair[1]]).to(self.device)
         if data.task.kind == "regress" and not saved:  # a relu starting below 0 stays there: one seed in ten
             for name, value in self.models.named_parameters():
                 if name.endswith("classifier.bias"):
                     torch.nn.init.constant_(value, data.labels.mean().item())
-        self.rates = {"aligner": config.aligner_lr, "student": config.lr}
         self.optimizers = {role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
                            for role, model in self.models.items()}
-        data.encode(self.student, config)
+        if not data.rows:
+            data.encode(self.student, config)
         if saved:
             self.load(last)
-        else:
-            (folder / "log.jsonl").write_text("")  # forget a run that was killed before its first checkpoint
+        # Lines after the checkpoint, or without one, are forgotten: they will be written again.
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
     def schedule(self):
         """Every step of the run in order: (epoch, role, step, rows of the batch)."""
@@ -396,24 +392,22 @@ class Cell:
 
     def save(self):
         """last/: the student as load_student and AutoModel open it, and beside it all that going on needs."""
-        def write(new):
+        with replacing(self.folder / "last") as new:
             self.student.save(new)
             if self.aligner:
                 save_file(self.aligner.state_dict(), new / "aligner.safetensors")
             save_file({f"{role} {i} {key}": value for role, optimizer in self.optimizers.items()
                        for i, state in optimizer.state_dict()["state"].items()
                        for key, value in state.items()}, new / "optimizers.safetensors")
-            shutil.copy(self.folder / "log.jsonl", new)
-            write_json(new / "training.json", {"done": self.done, "best": self.best, "seconds": self.seconds,
-                                               "scaler": self.scalers["student"].state_dict()})
-        replace_folder(self.folder / "last", write)
+            write_json(new / "training.json", {
+                **{name: getattr(self, name) for name in ("done", "best", "seconds", "lines")},
+                "scaler": self.scalers["student"].state_dict()})
 
     def load(self, last):
-        """The reverse of save(). Log lines after the checkpoint are cut off: they will be written again."""
+        """The reverse of save()."""
         state = json.loads((last / "training.json").read_text())
-        self.done, self.best, self.seconds = state["done"], state["best"], state["seconds"]
-        self.scalers["student"].load_state_dict(state["scaler"])  # ignored unless fp16 enables it
-        shutil.copy(last / "log.jsonl", self.folder)
+        self.scalers["student"].load_state_dict(state.pop("scaler"))  # ignored unless fp16 enables it
+        vars(self).update(state)
         if self.aligner:
             self.aligner.load_state_dict(load_file(last / "aligner.safetensors"))
         for name, value in load_file(last / "optimizers.safetensors").items():
@@ -432,17 +426,19 @@ class Cell:
         """The aligner's own scores on the dev split's true vectors, and how well p_s meets its p_t."""
         if self.aligner is None:
             return {"aligner": None, "spaces": None}
-        answers, n, p_t = [], len(self.data.splits["dev"]), None
-        for start in range(0, n, len(p_s)):  # as many at once as p_s were kept: the first batch is theirs
-            e = torch.from_numpy(self.vectors["dev"](range(start, min(n, start + len(p_s))))).to(self.device)
-            out = self.aligner.eval()(e)
-            answers, p_t = answers + predictions(out.logits).tolist(), out.proj if p_t is None else p_t
-        scores = evaluation.score(self.data.task, self.data.splits["dev"], answers)
-        p_t, p_s = p_t.cpu().numpy(), torch.stack(p_s).numpy()
-        return {"aligner": scores, "spaces": {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s),
-                                              "cka": evaluation.linear_cka(p_t, p_s)}}
+        def look(rows):
+            return self.aligner.eval()(torch.from_numpy(self.vectors["dev"](rows)).to(self.device))
+
+        rows = range(len(self.data.splits["dev"]))
+        answers = [answer for start in range(0, len(rows), 1000)
+                   for answer in predictions(look(rows[start:start + 1000]).logits).tolist()]
+        p_t, p_s = look(rows[:len(p_s)]).proj.cpu().numpy(), torch.stack(p_s).numpy()
+        return {"aligner": evaluation.score(self.data.task, self.data.splits["dev"], answers),
+                "spaces": {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s),
+                           "cka": evaluation.linear_cka(p_t, p_s)}}
 
     def log(self, line):
+        self.lines.append(line)
         with open(self.folder / "log.jsonl", "a") as file:
             print(json.dumps(line), file=file)
 
@@ -480,31 +476,33 @@ def update(cell, epoch, role, step, rows):
 
 def run(cell):
     """Train one cell from where it stands to the end: the aligner's epoch, the student's epoch, and again."""
-    config, data, waiting, began = cell.config, cell.data, [], time.perf_counter() - cell.seconds
+    config, data, began = cell.config, cell.data, time.perf_counter() - cell.seconds
+    rates = {"aligner": config.aligner_lr, "student": config.lr}
     steps = math.ceil(len(data.labels) / config.batch_size)  # an epoch's, for each role
     if cell.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(cell.device)
-    bar = tqdm(total=steps * config.epochs * len(cell.models), initial=cell.done, leave=False, disable=None,
-               desc=f"{config.arms[0]} seed {cell.seed}")
-    with interruptible() as pressed, bar:
-        read_at = time.perf_counter()
+    with interruptible() as pressed, tqdm(
+            total=steps * config.epochs * len(cell.models), initial=cell.done, leave=False, disable=None,
+            desc=f"{config.arms[0]} seed {cell.seed}") as bar:
+        waiting, tokens, read_at = [], 0, time.perf_counter()  # since the last line of the log
         for count, (epoch, role, step, rows) in enumerate(cell.schedule(), 1):
             if count <= cell.done:
                 continue  # resumed: walk past what is done. Each step seeds itself: skipping changes nothing.
-            lr = cell.rates[role] * lr_factor(epoch * steps + step, config.epochs * steps)
+            lr = rates[role] * lr_factor(epoch * steps + step, config.epochs * steps)
             cell.optimizers[role].param_groups[0]["lr"] = lr
-            values = update(cell, epoch, role, step, rows)
-            waiting.append((values, {
-                "step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
-                "tokens": sum(len(data.rows["train"][i]["input_ids"]) for i in rows)}))
+            waiting.append(update(cell, epoch, role, step, rows))
+            tokens += sum(len(data.rows["train"][i]["input_ids"]) for i in rows)
             cell.done, cell.seconds = count, time.perf_counter() - began
             end, stop = step + 1 == steps, bool(pressed)
             bar.update()
             if end or stop or (step + 1) % 50 == 0:
-                line = read_log(waiting, time.perf_counter() - read_at, cell.scalers[role])
-                cell.log(line)
-                bar.set_postfix({name: f"{line[name]:.3g}" for name in (*values, "tokens_per_second")})
-                waiting, read_at = [], time.perf_counter()
+                facts = {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
+                         "steps": len(waiting), "tokens": tokens}
+                values = means(waiting, facts, cell.scalers[role])
+                cell.log({**facts, **values,
+                          "tokens_per_second": round(tokens / (time.perf_counter() - read_at))})
+                bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
+                waiting, tokens, read_at = [], 0, time.perf_counter()
             due = (end and role == "student"
                    and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs))
             if due:
@@ -513,7 +511,8 @@ def run(cell):
                 headline = data.task.metrics[0]
                 if cell.best is None or scores[headline] > cell.best["dev"][headline]:
                     cell.best = {"epoch": epoch + 1, "dev": scores}
-                    replace_folder(cell.folder / "best", cell.student.save)
+                    with replacing(cell.folder / "best") as new:
+                        cell.student.save(new)
             if due or stop:
                 cell.save()
                 read_at = time.perf_counter()  # evaluation and files are not the next steps' time
@@ -524,15 +523,14 @@ def run(cell):
 def finish(cell):
     """Finish the cell: score the last epoch's student on all splits, write predictions_* and metrics.json."""
     config, data = cell.config, cell.data
-    lines = [json.loads(line) for line in (cell.folder / "log.jsonl").read_text().splitlines()]
-    norms = [(line["grad_norm"], line["steps"]) for line in lines if line.get("role") == "student"]
+    norms = [(line["grad_norm"], line["steps"]) for line in cell.lines if line.get("role") == "student"]
     # On the CPU the process's high-water mark; Linux counts it in KiB, macOS in bytes.
     peak = (torch.cuda.max_memory_allocated(cell.device) if cell.device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     metrics = {
         "task": data.task.name, "student": config.student, "teacher": config.teacher, "arm": config.arms[0],
         "seed": cell.seed, "control": not is_distilled(config) or config.pairing != "own",
-        "best": cell.best, **{name: lines[-1][name] for name in ("aligner", "spaces")},  # the last evaluation
+        "best": cell.best, **{name: cell.lines[-1][name] for name in ("aligner", "spaces")},  # the last evaluation
         "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
         "parameters": sum(p.numel() for p in cell.student.parameters()), "seconds": round(cell.seconds, 1),
         "peak_memory_mib": peak >> 20}
@@ -540,7 +538,7 @@ def finish(cell):
         metrics[split], answers, _ = cell.evaluate(split)
         evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
     write_json(cell.folder / "metrics.json", metrics)
-    for name in ("optimizers.safetensors", "training.json", "log.jsonl"):
+    for name in ("optimizers.safetensors", "training.json"):
         (cell.folder / "last" / name).unlink()  # twice the student's size, and never needed again
     headline = data.task.metrics[0]
     print(f"seed {cell.seed} {config.arms[0]}: dev {headline} {100 * metrics['dev'][headline]:.1f} "
