@@ -5,9 +5,8 @@
     python train.py --resume runs/rte                # go on where a run was stopped or killed
 
 Each epoch trains the TS Aligner over the data once, then the student once, pulled towards the aligner as it
-stands. A run is a grid: OUT/ARM/SEED/{config.json, log.jsonl, last/, best/, metrics.json, predictions_*}. In
-a seed all arms share initial weights, data order and dropout, so that their differences are paired.
-The method is ARMS, update() and run(), a page each; the rest serves them and can wait.
+stands. A run is a grid of cells OUT/ARM/SEED/; in a seed all arms share initial weights, data order and
+dropout, so that their differences are paired. The method is ARMS, update() and run(); the rest can wait.
 """
 import argparse
 import hashlib
@@ -30,9 +29,10 @@ from data import (CACHE, Parser, UserError, collate, encode, find_task, known, l
 from teacher import ENCODERS, build_teacher, open_vectors, split_spec
 
 # ---- configuration: every field is a flag ------------------------------------------------------------------
-def option(default, help, low=-math.inf, high=math.inf, above=-math.inf, choices=()):
-    """A Config field: default, --help sentence, limits low, high (inclusive), above (exclusive), choices."""
-    return field(default=default, metadata={"help": help, "limits": (low, high, above), "choices": choices})
+def option(default, help, choices=(), low=-math.inf, high=math.inf, above=-math.inf):
+    """A Config field: default, --help sentence, choices, limits: low, high inclusive, above exclusive."""
+    help += f" One of {', '.join(choices)}." if choices else ""
+    return field(default=default, metadata={"help": help, "choices": choices, "limits": (low, high, above)})
 
 # An arm is one line of overrides. A claim is "armada beats every control, the best one included".
 # DEVIATION: the authors compare with one baseline, without the auxiliary head; here are four controls.
@@ -61,7 +61,7 @@ class Config:
     student: str = option(None, "Short name such as opt-1.3b, hub id, local folder, or tiny.")
     teacher: str = option(None, "One of painter[:RHO], clip[:MODEL], stable-diffusion[:MODEL], api:URL, "
                                 "images:FOLDER and vectors:FOLDER.")
-    picture_encoder: str = option(None, "What looks at a teacher's pictures: pixels, clip[:MODEL], vae[:MODEL].")
+    picture_encoder: str = option(None, "What looks at its pictures: pixels, clip[:MODEL] or vae[:MODEL].")
     max_pictures: int = option(None, "Let a teacher make at most so many vectors, then stop.", low=0)
     arms: tuple = option(None, f"Arms, with commas, of {', '.join(ARMS)}.")
     seeds: tuple = option(None, "Seeds to repeat them with, with commas.")
@@ -72,13 +72,13 @@ class Config:
     resume: str = option(None, "Run, or one ARM/SEED of it, to go on with; it remembers its other flags.")
     # DEVIATION: the paper reports three kinds; our default compares each text with its own picture.
     loss: str = option("manifold", "Manifold loss: of batch means (euclidean, cosine) or of each example.",
-                       choices=("euclidean", "cosine", "manifold"))
+                       ("euclidean", "cosine", "manifold"))
     alpha: float = option(0.5, "Weight of the soft labels against the true ones.", low=0, high=1)
     beta: float = option(None, "Weight of the manifold loss.", low=0)
     gamma: float = option(1.0, "Weight of the auxiliary heads in the task and output losses.", low=0)
     temperature: float = option(5.0, "Temperature T of the soft labels.", above=0)
     output_factor: float = option(1.0, "Factor of alpha's soft-label term alone; 0 drops it.", low=0)
-    pairing: str = option("own", "Whose vector a training text gets.", choices=("own", "shuffled", "noise"))
+    pairing: str = option("own", "Whose vector a training text gets.", ("own", "shuffled", "noise"))
     proj_dim: int = option(None, "Width of the shared projection space; the teacher's own by default.", low=1)
     orthogonal_student: bool = option(False, "Make the student's projection orthogonal too.")
     epochs: int = option(None, "Passes over the training data.", low=1)
@@ -88,10 +88,9 @@ class Config:
     lr: float = option(None, "The student's peak learning rate.", above=0)
     aligner_lr: float = option(1e-3, "The aligner's peak learning rate; 0 leaves it untrained.", low=0)
     device: str = option("auto", "Where to train: auto, cpu, cuda, cuda:N or mps.")
-    amp: str = option("auto", "Mixed precision; auto: off on the CPU, bf16 where the GPU has it, else fp16.",
-                      choices=("auto", "off", "bf16", "fp16"))
-    grad_checkpoint: str = option("auto", "Recompute activations to save memory; auto: on CUDA beyond 300 M "
-                                          "parameters.", choices=("auto", "on", "off"))
+    amp: str = option("auto", "Mixed precision; auto: bf16 or fp16 on CUDA.", ("auto", "off", "bf16", "fp16"))
+    grad_checkpoint: str = option("auto", "Recompute activations to save memory; auto: on CUDA, for students "
+                                          "over 300 M parameters.", ("auto", "on", "off"))
     limit: int = option(None, "Keep only the first N training examples.", low=2)
     eval_every: int = option(None, "Epochs between evaluations, each with a checkpoint.", low=1)
 
@@ -100,13 +99,13 @@ class Config:
         for each in [each for each in fields(self) if getattr(self, each.name) is not None]:
             value, flag = getattr(self, each.name), "--" + each.name.replace("_", "-")
             if each.type is tuple:  # "0,1" and (0, 1) are the same thing
-                items = str(value).split(",") if isinstance(value, (str, int)) else value
-                items = [str(item).strip() for item in items]
+                items = value.split(",") if isinstance(value, str) else map(str, value)
+                items = tuple(item.strip() for item in items)
                 if each.name == "seeds" and not all(map(str.isdecimal, items)):
                     raise UserError(f"--seeds {','.join(items)}: give whole numbers: 0,1,2 (seeds from 0)")
-                if not items or len(set(items)) < len(items):
+                if len(set(items)) < max(1, len(items)):
                     raise UserError(f"{flag} {','.join(items)}: name each once")
-                setattr(self, each.name, tuple(map(int, items) if each.name == "seeds" else items))
+                setattr(self, each.name, tuple(map(int, items)) if each.name == "seeds" else items)
             elif each.metadata["choices"]:
                 known(value, each.metadata["choices"], flag)
             elif each.type in (int, float):
@@ -116,18 +115,19 @@ class Config:
                     raise UserError(f"{flag} {value} must be a number {ends}"
                                     + (f" and at most {high}" if high < math.inf else ""))
         self.task = None if self.task is None else find_task(self.task).name
-        if self.teacher:
-            split_spec(self.teacher)
-        if self.picture_encoder:
-            split_spec(self.picture_encoder, ENCODERS, "--picture-encoder")
+        split_spec(self.teacher or "painter")  # these two know the names, and build nothing yet
+        split_spec(self.picture_encoder or "pixels", ENCODERS, "--picture-encoder")
         if self.offline:
             os.environ["HF_HUB_OFFLINE"] = "1"  # which the hub's own library and data.patiently ask
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UserError(f"--device {self.device}: choose auto, cpu, cuda, cuda:N or mps")
 
-FALLBACK = {"student": "bert-base", "teacher": "clip", "arms": "armada", "seeds": "0", "beta": 1.0,
-            "epochs": 10, "lr": 2e-5, "eval_every": 1}
-BARE = {"arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"}  # the demonstration: no task named
+# What None becomes, by --help's name for the case; a later line has precedence.
+DEFAULTS = {
+    "Default": {"student": "bert-base", "teacher": "clip", "arms": "armada", "seeds": "0", "beta": 1.0,
+                "epochs": 10, "lr": 2e-5, "eval_every": 1},
+    "For objects": find_task("objects").defaults,
+    "Without --task": {"arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"}}
 
 def resolve(config):
     """A copy with every default filled in and every value checked; UserError before any load or fetch."""
@@ -135,10 +135,9 @@ def resolve(config):
     out, n = f"runs/{task.name}", 2
     while Path(out).exists():  # a second run never touches the first
         out, n = f"runs/{task.name}-{n}", n + 1
-    defaults = {**FALLBACK, **task.defaults, **(BARE if config.task is None else {}),
-                "task": task.name, "micro_batch": config.batch_size, "out": out}
-    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = replace(config, **missing)
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    config = Config(**{**DEFAULTS["Default"], **task.defaults, "micro_batch": config.batch_size, "out": out,
+                       **({} if config.task else DEFAULTS["Without --task"]), "task": task.name, **given})
     for arm in config.arms:
         replace(config, **ARMS[known(arm, ARMS, "arm")])  # its overrides are checked like flags
     if config.batch_size % config.micro_batch:
@@ -167,13 +166,11 @@ def configure(argv=None):
     parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                     description="ARMADA: distil a picture-making teacher into a text-only language model.")
     for each in fields(Config):
-        facts = {"One of": ", ".join(each.metadata["choices"]),
-                 "Default:": FALLBACK.get(each.name, each.default),
-                 "For objects:": find_task("objects").defaults.get(each.name),
-                 "Without --task:": BARE.get(each.name)}
-        help = " ".join([each.metadata["help"], *(f"{word} {fact}." for word, fact in facts.items() if fact)])
+        defaults = {"Default": {each.name: each.default}} if each.default else DEFAULTS
+        told = [f"{case}: {values[each.name]}." for case, values in defaults.items() if each.name in values]
         kind = {bool: {"action": "store_true"}, tuple: {"type": str}}.get(each.type, {"type": each.type})
-        parser.add_argument("--" + each.name.replace("_", "-"), help=help.replace("%", "%%"), **kind)
+        parser.add_argument("--" + each.name.replace("_", "-"), **kind,
+                            help=" ".join([each.metadata["help"], *told]).replace("%", "%%"))
     try:
         typed = vars(parser.parse_args(argv))  # without defaults: a resumed run is compared with these alone
         return resolve(resume_config(typed["resume"], typed) if "resume" in typed else Config(**typed))
@@ -216,19 +213,17 @@ def precision(config):
     device = torch.device(auto if config.device == "auto" else config.device)
     if (device.index or 0) >= torch.get_device_module(device).device_count():
         raise UserError(f"--device {config.device}: torch sees no such device here; try --device {auto}")
-    best, why = "off", f"float32 on {device.type}"
+    best = "off"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: 10-bit mantissas in products, several times faster
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        best, why = ("bf16", "the GPU has it") if bf16 else ("fp16", "the GPU has no bf16")
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif config.amp == "fp16":
         raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
-    amp, why = (best, why) if config.amp == "auto" else (config.amp, "as asked")
+    amp, why = (best, f"the best on this {device.type}") if config.amp == "auto" else (config.amp, "as asked")
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range. The
-    # aligner is float32 whatever the student is.
+    # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range.
     scalers = {role: torch.amp.GradScaler(device.type, enabled=role == "student" and amp == "fp16")
-               for role in ("aligner", "student")}
+               for role in ("aligner", "student")}  # the aligner is float32 whatever the student is
     return (device, lambda: torch.autocast(device.type, dtype, enabled=amp != "off"), scalers,
             f"{device}, amp {amp} ({why})")
 
@@ -238,23 +233,19 @@ def to_device(tensor, device):
 
 @contextmanager
 def replacing(path):
-    """Yields a path beside to write a file or folder at, then renames it. A kill at any instant leaves the
-    old or the new one whole, a folder perhaps as PATH.old: see recover()."""
-    new, old = Path(f"{path}.new"), Path(f"{path}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    yield new
-    if path.is_dir():  # a file is replaced in one go, a folder only if it is empty
-        path.rename(old)
-    new.replace(path)
-    shutil.rmtree(old, ignore_errors=True)
+    """Yields a path beside, to write a file or a folder at; when that is whole it takes PATH's place."""
+    part = Path(f"{path}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    yield part
+    part.rename(f"{path}.new")
+    settle(path)
 
-def recover(folder):
-    """Undo what a kill between the two renames of replacing() leaves."""
-    old = Path(f"{folder}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def settle(path):
+    """PATH.new, which is whole, becomes PATH. A kill at any instant leaves one of the two; again ends it."""
+    if os.path.exists(f"{path}.new"):
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(f"{path}.new", path)
 
 def write_json(path, content):
     with replacing(path) as new:
@@ -272,9 +263,8 @@ def interruptible():
 
 def means(waiting, facts, scaler):
     """{name: mean} of waiting = [{name: value on the device}], the steps since the last line of log.jsonl.
-    Read now and then only: an .item() each step would stall the CPU until the GPU is done. UserError names
-    the first value that is not finite and its step. fp16's scaler finds its scale by overflowing, so there an
-    infinite gradient is a skipped step and no fault, unless no scale is small enough."""
+    UserError names the first one that is not finite and its step. fp16's scaler finds its scale by
+    overflowing: there an infinite gradient is a skipped step and no fault, unless no scale is small enough."""
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise UserError("fp16 gradients overflow at every loss scale: try --amp bf16 or off")
     found = {}
@@ -282,9 +272,9 @@ def means(waiting, facts, scaler):
         column = torch.stack([values[name].float() for values in waiting]).tolist()
         finite = [value for value in column if math.isfinite(value)]
         if len(finite) < len(column) and not (name == "grad_norm" and scaler.is_enabled()):
-            ago = len(column) - 1 - [math.isfinite(value) for value in column].index(False)
-            raise UserError(f"the {facts['role']}'s {name} is not finite at step {facts['step'] - ago} (epoch "
-                            f"{facts['epoch']}); nothing was saved since. Lower --lr, --beta, or try --amp off")
+            step = facts["step"] - len(column) + 1 + [math.isfinite(value) for value in column].index(False)
+            raise UserError(f"the {facts['role']}'s {name} is not finite at step {step} (epoch {facts['epoch']});"
+                            " nothing was saved since. Lower --lr, --beta, or try --amp off")
         found[name] = sum(finite) / max(1, len(finite))
     return found
 
@@ -349,8 +339,8 @@ class Cell:
         self.done, self.best, self.seconds, self.lines = 0, None, 0.0, []  # lines: of log.jsonl
         self.device, self.autocast, self.scalers, _ = precision(config)
         labels, last = max(1, len(data.task.labels)), folder / "last"
-        recover(folder / "best")
-        recover(last)
+        settle(folder / "best")
+        settle(last)
         saved = (last / "training.json").exists()
         torch.manual_seed(seed_of(self.seed, "student"))
         texts = [text for example in data.splits["train"] for text in data.task.pair(example) if text]
@@ -426,16 +416,13 @@ class Cell:
         """The aligner's own scores on the dev split's true vectors, and how well p_s meets its p_t."""
         if self.aligner is None:
             return {"aligner": None, "spaces": None}
-        def look(rows):
-            return self.aligner.eval()(torch.from_numpy(self.vectors["dev"](rows)).to(self.device))
-
-        rows = range(len(self.data.splits["dev"]))
-        answers = [answer for start in range(0, len(rows), 1000)
-                   for answer in predictions(look(rows[start:start + 1000]).logits).tolist()]
-        p_t, p_s = look(rows[:len(p_s)]).proj.cpu().numpy(), torch.stack(p_s).numpy()
-        return {"aligner": evaluation.score(self.data.task, self.data.splits["dev"], answers),
-                "spaces": {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s),
-                           "cka": evaluation.linear_cka(p_t, p_s)}}
+        dev, read = self.data.splits["dev"], self.vectors["dev"]
+        outs = [self.aligner.eval()(torch.from_numpy(read(range(i, min(i + 1000, len(dev))))).to(self.device))
+                for i in range(0, len(dev), 1000)]  # p_s too are those of the first 1000
+        answers = predictions(torch.cat([out.logits for out in outs])).tolist()
+        p_t, p_s = outs[0].proj.cpu().numpy(), torch.stack(p_s).numpy()
+        spaces = {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s), "cka": evaluation.linear_cka(p_t, p_s)}
+        return {"aligner": evaluation.score(self.data.task, dev, answers), "spaces": spaces}
 
     def log(self, line):
         self.lines.append(line)
@@ -481,11 +468,11 @@ def run(cell):
     steps = math.ceil(len(data.labels) / config.batch_size)  # an epoch's, for each role
     if cell.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(cell.device)
-    with interruptible() as pressed, tqdm(
-            total=steps * config.epochs * len(cell.models), initial=cell.done, leave=False, disable=None,
-            desc=f"{config.arms[0]} seed {cell.seed}") as bar:
+    bar = tqdm(cell.schedule(), total=steps * config.epochs * len(cell.models), leave=False, disable=None,
+               desc=f"{config.arms[0]} seed {cell.seed}")
+    with interruptible() as pressed, bar:
         waiting, tokens, read_at = [], 0, time.perf_counter()  # since the last line of the log
-        for count, (epoch, role, step, rows) in enumerate(cell.schedule(), 1):
+        for count, (epoch, role, step, rows) in enumerate(bar, 1):
             if count <= cell.done:
                 continue  # resumed: walk past what is done. Each step seeds itself: skipping changes nothing.
             lr = rates[role] * lr_factor(epoch * steps + step, config.epochs * steps)
@@ -494,18 +481,15 @@ def run(cell):
             tokens += sum(len(data.rows["train"][i]["input_ids"]) for i in rows)
             cell.done, cell.seconds = count, time.perf_counter() - began
             end, stop = step + 1 == steps, bool(pressed)
-            bar.update()
-            if end or stop or (step + 1) % 50 == 0:
-                facts = {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
-                         "steps": len(waiting), "tokens": tokens}
-                values = means(waiting, facts, cell.scalers[role])
-                cell.log({**facts, **values,
-                          "tokens_per_second": round(tokens / (time.perf_counter() - read_at))})
-                bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
-                waiting, tokens, read_at = [], 0, time.perf_counter()
-            due = (end and role == "student"
-                   and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs))
-            if due:
+            if not (end or stop or (step + 1) % 50 == 0):
+                continue  # reading a value each step would stall the CPU until the GPU is done
+            facts = {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
+                     "steps": len(waiting), "tokens": tokens}
+            values = means(waiting, facts, cell.scalers[role])
+            cell.log(facts | values | {"tokens_per_second": round(tokens / (time.perf_counter() - read_at))})
+            bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
+            due = epoch + 1 == config.epochs or (epoch + 1) % config.eval_every == 0
+            if due := due and end and role == "student":
                 scores, _, p_s = cell.evaluate()
                 cell.log({"epoch": epoch + 1, "dev": scores, **cell.evaluate_aligner(p_s)})
                 headline = data.task.metrics[0]
@@ -515,9 +499,9 @@ def run(cell):
                         cell.student.save(new)
             if due or stop:
                 cell.save()
-                read_at = time.perf_counter()  # evaluation and files are not the next steps' time
             if stop:
                 raise KeyboardInterrupt
+            waiting, tokens, read_at = [], 0, time.perf_counter()
     finish(cell)
 
 def finish(cell):
@@ -530,7 +514,7 @@ def finish(cell):
     metrics = {
         "task": data.task.name, "student": config.student, "teacher": config.teacher, "arm": config.arms[0],
         "seed": cell.seed, "control": not is_distilled(config) or config.pairing != "own",
-        "best": cell.best, **{name: cell.lines[-1][name] for name in ("aligner", "spaces")},  # the last evaluation
+        "best": cell.best, "aligner": cell.lines[-1]["aligner"], "spaces": cell.lines[-1]["spaces"],
         "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
         "parameters": sum(p.numel() for p in cell.student.parameters()), "seconds": round(cell.seconds, 1),
         "peak_memory_mib": peak >> 20}

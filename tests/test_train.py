@@ -434,8 +434,8 @@ def test_replacing_a_folder_leaves_one_whole_folder_wherever_it_is_killed(tmp_pa
     with pytest.raises(OSError):
         replace("half", OSError("disk full"))
     assert (folder / "a").read_text() == "1"
-    folder.rename(tmp_path / "last.old")  # as a kill between the two renames leaves it
-    training.recover(folder)
+    folder.rename(tmp_path / "last.new")  # as a kill between the last two steps leaves it
+    training.settle(folder)
     assert (folder / "a").read_text() == "1"
     replace("2")
     assert (folder / "a").read_text() == "2" and sorted(p.name for p in tmp_path.iterdir()) == ["last"]
