@@ -60,7 +60,7 @@ class Config:
     task: str = option(None, "Task to learn: objects (built in) or an understanding task such as rte.")
     student: str = option(None, "Short name such as opt-1.3b, hub id, local folder, or tiny.")
     teacher: str = option(None, "One of painter[:RHO], clip[:MODEL], stable-diffusion[:MODEL], api:URL, "
-                                "images:FOLDER and vectors:FOLDER.")
+                                "images:FOLDER, vectors:FOLDER.")
     picture_encoder: str = option(None, "What looks at its pictures: pixels, clip[:MODEL] or vae[:MODEL].")
     max_pictures: int = option(None, "Let a teacher make at most so many vectors, then stop.", low=0)
     arms: tuple = option(None, f"Arms, with commas, of {', '.join(ARMS)}.")
@@ -111,9 +111,9 @@ class Config:
             elif each.type in (int, float):
                 low, high, above = each.metadata["limits"]
                 if not (math.isfinite(value) and low <= value <= high and value > above):
-                    ends = f"above {above}" if above > low else f"at least {low}"
-                    raise UserError(f"{flag} {value} must be a number {ends}"
-                                    + (f" and at most {high}" if high < math.inf else ""))
+                    most = f" and at most {high}" if high < math.inf else ""
+                    least = f"above {above}" if above > low else f"at least {low}"
+                    raise UserError(f"{flag} {value} must be a number {least}{most}")
         self.task = None if self.task is None else find_task(self.task).name
         split_spec(self.teacher or "painter")  # these two know the names, and build nothing yet
         split_spec(self.picture_encoder or "pixels", ENCODERS, "--picture-encoder")
@@ -124,8 +124,9 @@ class Config:
 
 # What None becomes, by --help's name for the case; a later line has precedence.
 DEFAULTS = {
-    "Default": {"student": "bert-base", "teacher": "clip", "arms": "armada", "seeds": "0", "beta": 1.0,
-                "epochs": 10, "lr": 2e-5, "eval_every": 1},
+    "Default": {each.name: each.default for each in fields(Config) if each.default} | {
+        "student": "bert-base", "teacher": "clip", "arms": "armada", "seeds": "0", "beta": 1.0, "epochs": 10,
+        "lr": 2e-5, "eval_every": 1},
     "For objects": find_task("objects").defaults,
     "Without --task": {"arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"}}
 
@@ -166,8 +167,7 @@ def configure(argv=None):
     parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                     description="ARMADA: distil a picture-making teacher into a text-only language model.")
     for each in fields(Config):
-        defaults = {"Default": {each.name: each.default}} if each.default else DEFAULTS
-        told = [f"{case}: {values[each.name]}." for case, values in defaults.items() if each.name in values]
+        told = [f"{case}: {values[each.name]}." for case, values in DEFAULTS.items() if each.name in values]
         kind = {bool: {"action": "store_true"}, tuple: {"type": str}}.get(each.type, {"type": each.type})
         parser.add_argument("--" + each.name.replace("_", "-"), **kind,
                             help=" ".join([each.metadata["help"], *told]).replace("%", "%%"))
@@ -219,13 +219,13 @@ def precision(config):
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif config.amp == "fp16":
         raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
-    amp, why = (best, f"the best on this {device.type}") if config.amp == "auto" else (config.amp, "as asked")
+    amp, why = (best, f"best on this {device.type}") if config.amp == "auto" else (config.amp, "as asked")
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range.
     scalers = {role: torch.amp.GradScaler(device.type, enabled=role == "student" and amp == "fp16")
                for role in ("aligner", "student")}  # the aligner is float32 whatever the student is
-    return (device, lambda: torch.autocast(device.type, dtype, enabled=amp != "off"), scalers,
-            f"{device}, amp {amp} ({why})")
+    why = f"{device}, amp {amp} ({why})"
+    return device, lambda: torch.autocast(device.type, dtype, enabled=amp != "off"), scalers, why
 
 def to_device(tensor, device):
     """On CUDA from pinned memory and without waiting, so that the copy overlaps the step before."""
@@ -263,22 +263,21 @@ def interruptible():
 
 def means(waiting, facts, scaler):
     """{name: mean} of waiting = [{name: value on the device}], the steps since the last line of log.jsonl.
-    UserError names the first one that is not finite and its step. fp16's scaler finds its scale by
-    overflowing: there an infinite gradient is a skipped step and no fault, unless no scale is small enough."""
+    UserError names the first bad step. fp16's scaler finds its scale by overflowing, so there an infinite
+    gradient is a skipped step and no fault, unless no scale is small enough."""
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise UserError("fp16 gradients overflow at every loss scale: try --amp bf16 or off")
-    found = {}
+    found, first = {}, facts["step"] - len(waiting) + 1
     for name in waiting[0]:
         column = torch.stack([values[name].float() for values in waiting]).tolist()
-        finite = [value for value in column if math.isfinite(value)]
-        if len(finite) < len(column) and not (name == "grad_norm" and scaler.is_enabled()):
-            step = facts["step"] - len(column) + 1 + [math.isfinite(value) for value in column].index(False)
-            raise UserError(f"the {facts['role']}'s {name} is not finite at step {step} (epoch {facts['epoch']});"
-                            " nothing was saved since. Lower --lr, --beta, or try --amp off")
-        found[name] = sum(finite) / max(1, len(finite))
+        bad = [step for step, value in enumerate(column, first) if not math.isfinite(value)]
+        if bad and not (name == "grad_norm" and scaler.is_enabled()):
+            raise UserError(f"the {facts['role']}'s {name} is not finite at step {bad[0]} (epoch "
+                            f"{facts['epoch']}); nothing saved since. Lower --lr, --beta, or try --amp off")
+        found[name] = sum(filter(math.isfinite, column)) / max(1, len(column) - len(bad))
     return found
 
-# ---- the data of a run -------------------------------------------------------------------------------------
+# ---- a run: its data, and the cells of its grid ------------------------------------------------------------
 class Data:
     """Examples, teacher vectors (of each teacher an arm looks at) and token ids, once for all cells."""
 
@@ -293,8 +292,7 @@ class Data:
             teacher = build_teacher(spec, config.picture_encoder)
             self.dim = self.dim or teacher.dim
             if self.dim > teacher.dim:
-                raise UserError(f"--proj-dim {self.dim} is more than the {teacher.dim} of {spec}: "
-                                f"give --proj-dim {teacher.dim} or less")
+                raise UserError(f"--proj-dim {self.dim} is more than the {teacher.dim} of {spec}: lower it")
             if spec in wanted:
                 self.vectors[spec], _ = open_vectors(teacher, self.task, self.splits, config.cache_dir,
                                                      config.limit, config.max_pictures)
@@ -309,15 +307,13 @@ class Data:
         for split, examples in self.splits.items():
             self.rows[split], short = encode(self.task, examples, student.tokenizer, longest, student.decoder)
             if short:
-                print(f"{split}: {short} of {len(examples)} texts were over {longest} tokens: "
-                      "their longest field was shortened", flush=True)
+                print(f"{split}: {short} of {len(examples)} texts had over {longest} tokens: cut", flush=True)
 
     def lookup(self, config, seed):
         """The function rows -> their teacher vectors (n, d_e): here the controls part from the method."""
-        read, n = self.vectors[config.teacher]["train"], len(self.labels)
-        source = np.arange(n)
+        read, source = self.vectors[config.teacher]["train"], np.arange(len(self.labels))
         if config.pairing == "noise":  # fixed per example, as a picture is
-            some, draw = torch.from_numpy(read(range(0, n, 1 + n // 6000))), torch.Generator()
+            some, draw = torch.from_numpy(read(source[::1 + len(source) // 6000])), torch.Generator()
             mean, deviation = some.mean(0), some.std(0, correction=0)
             return lambda rows: torch.stack([mean + deviation * torch.randn(
                 len(mean), generator=draw.manual_seed(seed_of(seed, "noise", row))) for row in rows])
@@ -330,7 +326,6 @@ def is_distilled(config):
     """Whether a configuration looks at the teacher at all."""
     return bool(config.beta or config.alpha * config.output_factor)
 
-# ---- one cell of the grid: an arm with a seed --------------------------------------------------------------
 class Cell:
     """The models and optimizers of one arm and seed, and where they stand: all that a checkpoint holds."""
 
@@ -524,17 +519,16 @@ def finish(cell):
     write_json(cell.folder / "metrics.json", metrics)
     for name in ("optimizers.safetensors", "training.json"):
         (cell.folder / "last" / name).unlink()  # twice the student's size, and never needed again
-    headline = data.task.metrics[0]
-    print(f"seed {cell.seed} {config.arms[0]}: dev {headline} {100 * metrics['dev'][headline]:.1f} "
-          f"({metrics['seconds']} s)", flush=True)
+    metric, score = next(iter(metrics["dev"].items()))  # the headline
+    print(f"seed {cell.seed} {config.arms[0]}: dev {metric} {100 * score:.1f} ({metrics['seconds']} s)",
+          flush=True)
 
 # ---- the grid and the command line -------------------------------------------------------------------------
 def train(config):
     """Train every arm with every seed -> {arm: {seed: metrics}}. A finished cell is read, not trained again.
     Raises UserError for whatever the caller can mend, before a model is loaded wherever that is possible."""
     config = resolve(resume_config(config.resume, {}) if config.resume and not config.out else config)
-    out = Path(config.out)
-    fresh = not out.exists()
+    out, fresh = Path(config.out), not Path(config.out).exists()
     if not config.resume and any(out.glob("*/*/log.jsonl")):
         raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give another --out")
     cells = {(seed, arm): out / arm / str(seed) for seed in config.seeds for arm in config.arms}

@@ -434,9 +434,11 @@ def test_replacing_a_folder_leaves_one_whole_folder_wherever_it_is_killed(tmp_pa
     with pytest.raises(OSError):
         replace("half", OSError("disk full"))
     assert (folder / "a").read_text() == "1"
-    folder.rename(tmp_path / "last.new")  # as a kill between the last two steps leaves it
+    folder.rename(tmp_path / "last.new")  # as a kill leaves it that comes while the old one is being deleted
+    folder.mkdir()
+    (folder / "half").write_text("deleted")
     training.settle(folder)
-    assert (folder / "a").read_text() == "1"
+    assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("a", "1")]
     replace("2")
     assert (folder / "a").read_text() == "2" and sorted(p.name for p in tmp_path.iterdir()) == ["last"]
 
