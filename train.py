@@ -5,9 +5,8 @@
     python train.py --resume runs/rte                # go on where a run was stopped or killed
 
 Each epoch trains the TS Aligner over the data once, then the student once, pulled towards the aligner as it
-stands. A run is a grid: OUT/ARM/SEED/{config.json, log.jsonl, last/, best/, metrics.json, predictions_*}. In
-a seed all arms share initial weights, data order and dropout, so that their differences are paired.
-The method is ARMS, update() and run(), a page each; the rest serves them and can wait.
+stands. A run is a grid of cells OUT/ARM/SEED/; in a seed all arms share initial weights, data order and
+dropout, so that their differences are paired. The method is ARMS, update() and run(); the rest can wait.
 """
 import argparse
 import hashlib
@@ -21,7 +20,7 @@ import signal
 import sqlite3
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -30,9 +29,10 @@ from data import (CACHE, Parser, UserError, collate, encode, find_task, known, l
 from teacher import ENCODERS, build_teacher, open_vectors, split_spec
 
 # ---- configuration: every field is a flag ------------------------------------------------------------------
-def option(default, help, low=-math.inf, high=math.inf, above=-math.inf, choices=()):
-    """A Config field: default, --help sentence, limits low, high (inclusive), above (exclusive), choices."""
-    return field(default=default, metadata={"help": help, "limits": (low, high, above), "choices": choices})
+def option(default, help, choices=(), low=-math.inf, high=math.inf, above=-math.inf):
+    """A Config field: default, --help sentence, choices, limits: low, high inclusive, above exclusive."""
+    help += f" One of {', '.join(choices)}." if choices else ""
+    return field(default=default, metadata={"help": help, "choices": choices, "limits": (low, high, above)})
 
 # An arm is one line of overrides. A claim is "armada beats every control, the best one included".
 # DEVIATION: the authors compare with one baseline, without the auxiliary head; here are four controls.
@@ -60,8 +60,8 @@ class Config:
     task: str = option(None, "Task to learn: objects (built in) or an understanding task such as rte.")
     student: str = option(None, "Short name such as opt-1.3b, hub id, local folder, or tiny.")
     teacher: str = option(None, "One of painter[:RHO], clip[:MODEL], stable-diffusion[:MODEL], api:URL, "
-                                "images:FOLDER and vectors:FOLDER.")
-    picture_encoder: str = option(None, "What looks at a teacher's pictures: pixels, clip[:MODEL], vae[:MODEL].")
+                                "images:FOLDER, vectors:FOLDER.")
+    picture_encoder: str = option(None, "What looks at its pictures: pixels, clip[:MODEL] or vae[:MODEL].")
     max_pictures: int = option(None, "Let a teacher make at most so many vectors, then stop.", low=0)
     arms: tuple = option(None, f"Arms, with commas, of {', '.join(ARMS)}.")
     seeds: tuple = option(None, "Seeds to repeat them with, with commas.")
@@ -72,13 +72,13 @@ class Config:
     resume: str = option(None, "Run, or one ARM/SEED of it, to go on with; it remembers its other flags.")
     # DEVIATION: the paper reports three kinds; our default compares each text with its own picture.
     loss: str = option("manifold", "Manifold loss: of batch means (euclidean, cosine) or of each example.",
-                       choices=("euclidean", "cosine", "manifold"))
+                       ("euclidean", "cosine", "manifold"))
     alpha: float = option(0.5, "Weight of the soft labels against the true ones.", low=0, high=1)
     beta: float = option(None, "Weight of the manifold loss.", low=0)
     gamma: float = option(1.0, "Weight of the auxiliary heads in the task and output losses.", low=0)
     temperature: float = option(5.0, "Temperature T of the soft labels.", above=0)
     output_factor: float = option(1.0, "Factor of alpha's soft-label term alone; 0 drops it.", low=0)
-    pairing: str = option("own", "Whose vector a training text gets.", choices=("own", "shuffled", "noise"))
+    pairing: str = option("own", "Whose vector a training text gets.", ("own", "shuffled", "noise"))
     proj_dim: int = option(None, "Width of the shared projection space; the teacher's own by default.", low=1)
     orthogonal_student: bool = option(False, "Make the student's projection orthogonal too.")
     epochs: int = option(None, "Passes over the training data.", low=1)
@@ -88,10 +88,9 @@ class Config:
     lr: float = option(None, "The student's peak learning rate.", above=0)
     aligner_lr: float = option(1e-3, "The aligner's peak learning rate; 0 leaves it untrained.", low=0)
     device: str = option("auto", "Where to train: auto, cpu, cuda, cuda:N or mps.")
-    amp: str = option("auto", "Mixed precision; auto: off on the CPU, bf16 where the GPU has it, else fp16.",
-                      choices=("auto", "off", "bf16", "fp16"))
-    grad_checkpoint: str = option("auto", "Recompute activations to save memory; auto: on CUDA beyond 300 M "
-                                          "parameters.", choices=("auto", "on", "off"))
+    amp: str = option("auto", "Mixed precision; auto: bf16 or fp16 on CUDA.", ("auto", "off", "bf16", "fp16"))
+    grad_checkpoint: str = option("auto", "Recompute activations to save memory; auto: on CUDA, for students "
+                                          "over 300 M parameters.", ("auto", "on", "off"))
     limit: int = option(None, "Keep only the first N training examples.", low=2)
     eval_every: int = option(None, "Epochs between evaluations, each with a checkpoint.", low=1)
 
@@ -100,34 +99,36 @@ class Config:
         for each in [each for each in fields(self) if getattr(self, each.name) is not None]:
             value, flag = getattr(self, each.name), "--" + each.name.replace("_", "-")
             if each.type is tuple:  # "0,1" and (0, 1) are the same thing
-                items = str(value).split(",") if isinstance(value, (str, int)) else value
-                items = [str(item).strip() for item in items]
+                items = value.split(",") if isinstance(value, str) else map(str, value)
+                items = tuple(item.strip() for item in items)
                 if each.name == "seeds" and not all(map(str.isdecimal, items)):
                     raise UserError(f"--seeds {','.join(items)}: give whole numbers: 0,1,2 (seeds from 0)")
-                if not items or len(set(items)) < len(items):
+                if len(set(items)) < max(1, len(items)):
                     raise UserError(f"{flag} {','.join(items)}: name each once")
-                setattr(self, each.name, tuple(map(int, items) if each.name == "seeds" else items))
+                setattr(self, each.name, tuple(map(int, items)) if each.name == "seeds" else items)
             elif each.metadata["choices"]:
                 known(value, each.metadata["choices"], flag)
             elif each.type in (int, float):
                 low, high, above = each.metadata["limits"]
                 if not (math.isfinite(value) and low <= value <= high and value > above):
-                    ends = f"above {above}" if above > low else f"at least {low}"
-                    raise UserError(f"{flag} {value} must be a number {ends}"
-                                    + (f" and at most {high}" if high < math.inf else ""))
+                    most = f" and at most {high}" if high < math.inf else ""
+                    least = f"above {above}" if above > low else f"at least {low}"
+                    raise UserError(f"{flag} {value} must be a number {least}{most}")
         self.task = None if self.task is None else find_task(self.task).name
-        if self.teacher:
-            split_spec(self.teacher)
-        if self.picture_encoder:
-            split_spec(self.picture_encoder, ENCODERS, "--picture-encoder")
+        split_spec(self.teacher or "painter")  # these two know the names, and build nothing yet
+        split_spec(self.picture_encoder or "pixels", ENCODERS, "--picture-encoder")
         if self.offline:
             os.environ["HF_HUB_OFFLINE"] = "1"  # which the hub's own library and data.patiently ask
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UserError(f"--device {self.device}: choose auto, cpu, cuda, cuda:N or mps")
 
-FALLBACK = {"student": "bert-base", "teacher": "clip", "arms": "armada", "seeds": "0", "beta": 1.0,
-            "epochs": 10, "lr": 2e-5, "eval_every": 1}
-BARE = {"arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"}  # the demonstration: no task named
+# What None becomes, by --help's name for the case; a later line has precedence.
+DEFAULTS = {
+    "Default": {each.name: each.default for each in fields(Config) if each.default} | {
+        "student": "bert-base", "teacher": "clip", "arms": "armada", "seeds": "0", "beta": 1.0, "epochs": 10,
+        "lr": 2e-5, "eval_every": 1},
+    "For objects": find_task("objects").defaults,
+    "Without --task": {"arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"}}
 
 def resolve(config):
     """A copy with every default filled in and every value checked; UserError before any load or fetch."""
@@ -135,10 +136,9 @@ def resolve(config):
     out, n = f"runs/{task.name}", 2
     while Path(out).exists():  # a second run never touches the first
         out, n = f"runs/{task.name}-{n}", n + 1
-    defaults = {**FALLBACK, **task.defaults, **(BARE if config.task is None else {}),
-                "task": task.name, "micro_batch": config.batch_size, "out": out}
-    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = replace(config, **missing)
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    config = Config(**{**DEFAULTS["Default"], **task.defaults, "micro_batch": config.batch_size, "out": out,
+                       **({} if config.task else DEFAULTS["Without --task"]), "task": task.name, **given})
     for arm in config.arms:
         replace(config, **ARMS[known(arm, ARMS, "arm")])  # its overrides are checked like flags
     if config.batch_size % config.micro_batch:
@@ -167,13 +167,10 @@ def configure(argv=None):
     parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                     description="ARMADA: distil a picture-making teacher into a text-only language model.")
     for each in fields(Config):
-        facts = {"One of": ", ".join(each.metadata["choices"]),
-                 "Default:": FALLBACK.get(each.name, each.default),
-                 "For objects:": find_task("objects").defaults.get(each.name),
-                 "Without --task:": BARE.get(each.name)}
-        help = " ".join([each.metadata["help"], *(f"{word} {fact}." for word, fact in facts.items() if fact)])
+        told = [f"{case}: {values[each.name]}." for case, values in DEFAULTS.items() if each.name in values]
         kind = {bool: {"action": "store_true"}, tuple: {"type": str}}.get(each.type, {"type": each.type})
-        parser.add_argument("--" + each.name.replace("_", "-"), help=help.replace("%", "%%"), **kind)
+        parser.add_argument("--" + each.name.replace("_", "-"), **kind,
+                            help=" ".join([each.metadata["help"], *told]).replace("%", "%%"))
     try:
         typed = vars(parser.parse_args(argv))  # without defaults: a resumed run is compared with these alone
         return resolve(resume_config(typed["resume"], typed) if "resume" in typed else Config(**typed))
@@ -216,81 +213,71 @@ def precision(config):
     device = torch.device(auto if config.device == "auto" else config.device)
     if (device.index or 0) >= torch.get_device_module(device).device_count():
         raise UserError(f"--device {config.device}: torch sees no such device here; try --device {auto}")
-    best, why = "off", f"float32 on {device.type}"
+    best = "off"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: 10-bit mantissas in products, several times faster
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        best, why = ("bf16", "the GPU has it") if bf16 else ("fp16", "the GPU has no bf16")
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif config.amp == "fp16":
         raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
-    amp, why = (best, why) if config.amp == "auto" else (config.amp, "as asked")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
-    autocast = (lambda: torch.autocast(device.type, dtype=dtype)) if dtype else nullcontext
+    amp, why = (best, f"best on this {device.type}") if config.amp == "auto" else (config.amp, "as asked")
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range.
-    scaled = {"student": amp == "fp16", "aligner": False}  # which is float32 whatever the student is
-    scalers = {role: torch.amp.GradScaler(device.type, enabled=needed) for role, needed in scaled.items()}
-    return device, autocast, scalers, f"{device}, amp {amp} ({why})"
+    scalers = {role: torch.amp.GradScaler(device.type, enabled=role == "student" and amp == "fp16")
+               for role in ("aligner", "student")}  # the aligner is float32 whatever the student is
+    why = f"{device}, amp {amp} ({why})"
+    return device, lambda: torch.autocast(device.type, dtype, enabled=amp != "off"), scalers, why
 
 def to_device(tensor, device):
     """On CUDA from pinned memory and without waiting, so that the copy overlaps the step before."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-def replace_folder(folder, write):
-    """write(new) beside, then rename. A kill at any instant leaves one whole folder, FOLDER or FOLDER.old."""
-    new, old = Path(f"{folder}.new"), Path(f"{folder}.old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    write(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def replacing(path):
+    """Yields a path beside, to write a file or a folder at; when that is whole it takes PATH's place."""
+    part = Path(f"{path}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    yield part
+    part.rename(f"{path}.new")
+    settle(path)
 
-def recover_folder(folder):
-    """Undo what a kill between replace_folder's two renames leaves; True if there is a whole folder."""
-    old = Path(f"{folder}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder.exists()
+def settle(path):
+    """PATH.new, which is whole, becomes PATH. A kill at any instant leaves one of the two; again ends it."""
+    if os.path.exists(f"{path}.new"):
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(f"{path}.new", path)
 
 def write_json(path, content):
-    """Beside, then renamed: nobody ever reads half a file. Its folder is made if need be."""
-    beside = Path(f"{path}.new")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    beside.write_text(json.dumps(content, indent=1))
-    beside.replace(path)
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=1))
 
 @contextmanager
 def interruptible():
     """Yields a list that Ctrl-C fills instead of raising: no step is cut in half; a second stops at once."""
-    pressed, handler = [], signal.default_int_handler
-    before = signal.signal(signal.SIGINT, lambda *args: handler(*args) if pressed else pressed.append(1))
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: pressed.append(signal.signal(signal.SIGINT, before)))
     try:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
 
-def read_log(waiting, seconds, scaler):
-    """One line for log.jsonl: the means of waiting = [(values on the device, facts)] since the last one.
-    Read now and then only: an .item() each step would stall the CPU until the GPU is done. UserError names
-    the first value that is not finite and its step. fp16's scaler finds its scale by overflowing, so there an
-    infinite gradient is a skipped step and no fault, unless no scale is small enough."""
+def means(waiting, facts, scaler):
+    """{name: mean} of waiting = [{name: value on the device}], the steps since the last line of log.jsonl.
+    UserError names the first bad step. fp16's scaler finds its scale by overflowing, so there an infinite
+    gradient is a skipped step and no fault, unless no scale is small enough."""
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise UserError("fp16 gradients overflow at every loss scale: try --amp bf16 or off")
-    steps = [facts for _, facts in waiting]
-    line = {**steps[-1], "steps": len(steps), "tokens": sum(facts["tokens"] for facts in steps)}
-    for name in waiting[0][0]:
-        column = torch.stack([values[name].float() for values, _ in waiting]).tolist()
-        finite = [value for value in column if math.isfinite(value)]
-        if len(finite) < len(column) and not (name == "grad_norm" and scaler.is_enabled()):
-            bad = next(facts for facts, value in zip(steps, column) if not math.isfinite(value))
-            raise UserError(f"the {bad['role']}'s {name} is not finite at step {bad['step']} (epoch "
-                            f"{bad['epoch']}); nothing was saved since. Lower --lr, --beta, or try --amp off")
-        line[name] = sum(finite) / max(1, len(finite))
-    return {**line, "tokens_per_second": round(line["tokens"] / seconds)}
+    found, first = {}, facts["step"] - len(waiting) + 1
+    for name in waiting[0]:
+        column = torch.stack([values[name].float() for values in waiting]).tolist()
+        bad = [step for step, value in enumerate(column, first) if not math.isfinite(value)]
+        if bad and not (name == "grad_norm" and scaler.is_enabled()):
+            raise UserError(f"the {facts['role']}'s {name} is not finite at step {bad[0]} (epoch "
+                            f"{facts['epoch']}); nothing saved since. Lower --lr, --beta, or try --amp off")
+        found[name] = sum(filter(math.isfinite, column)) / max(1, len(column) - len(bad))
+    return found
 
-# ---- the data of a run -------------------------------------------------------------------------------------
+# ---- a run: its data, and the cells of its grid ------------------------------------------------------------
 class Data:
     """Examples, teacher vectors (of each teacher an arm looks at) and token ids, once for all cells."""
 
@@ -298,16 +285,14 @@ class Data:
         self.task = find_task(config.task)
         self.splits = load_task(config.task, config.data_dir, config.cache_dir)
         self.rows, self.vectors = {}, {}  # token ids by split; readers of vectors by teacher and split
+        self.dim = config.proj_dim        # of the shared projection space; the width of --teacher by default,
         arms = [replace(config, **ARMS[arm]) for arm in config.arms]
-        wanted = dict.fromkeys(arm.teacher for arm in arms if is_distilled(arm))
-        # --teacher itself first: its width is that of the projection, which an undistilled arm has too.
-        for spec in {config.teacher: None, **wanted}:
+        wanted = [arm.teacher for arm in arms if is_distilled(arm)]
+        for spec in dict.fromkeys([config.teacher, *wanted]):  # hence first, even if no arm looks at it
             teacher = build_teacher(spec, config.picture_encoder)
-            if spec == config.teacher:
-                self.dim = teacher.dim
-            if (config.proj_dim or self.dim) > teacher.dim:
-                raise UserError(f"--proj-dim {config.proj_dim or self.dim} is more than the {teacher.dim} of "
-                                f"{spec}: give --proj-dim {teacher.dim} or less")
+            self.dim = self.dim or teacher.dim
+            if self.dim > teacher.dim:
+                raise UserError(f"--proj-dim {self.dim} is more than the {teacher.dim} of {spec}: lower it")
             if spec in wanted:
                 self.vectors[spec], _ = open_vectors(teacher, self.task, self.splits, config.cache_dir,
                                                      config.limit, config.max_pictures)
@@ -316,23 +301,19 @@ class Data:
 
     def encode(self, student, config):
         """Token ids of every split, by the first cell's tokenizer (all cells have the same)."""
-        if self.rows:
-            return
         longest, most = config.max_length, student.max_tokens
         if longest > most:
             raise UserError(f"--max-length {longest}: {config.student} reads at most {most} tokens")
         for split, examples in self.splits.items():
             self.rows[split], short = encode(self.task, examples, student.tokenizer, longest, student.decoder)
             if short:
-                print(f"{split}: {short} of {len(examples)} texts were over {longest} tokens: "
-                      "their longest field was shortened", flush=True)
+                print(f"{split}: {short} of {len(examples)} texts had over {longest} tokens: cut", flush=True)
 
     def lookup(self, config, seed):
         """The function rows -> their teacher vectors (n, d_e): here the controls part from the method."""
-        read, n = self.vectors[config.teacher]["train"], len(self.labels)
-        source = np.arange(n)
+        read, source = self.vectors[config.teacher]["train"], np.arange(len(self.labels))
         if config.pairing == "noise":  # fixed per example, as a picture is
-            some, draw = torch.from_numpy(read(range(0, n, 1 + n // 6000))), torch.Generator()
+            some, draw = torch.from_numpy(read(source[::1 + len(source) // 6000])), torch.Generator()
             mean, deviation = some.mean(0), some.std(0, correction=0)
             return lambda rows: torch.stack([mean + deviation * torch.randn(
                 len(mean), generator=draw.manual_seed(seed_of(seed, "noise", row))) for row in rows])
@@ -345,44 +326,44 @@ def is_distilled(config):
     """Whether a configuration looks at the teacher at all."""
     return bool(config.beta or config.alpha * config.output_factor)
 
-# ---- one cell of the grid: an arm with a seed --------------------------------------------------------------
 class Cell:
     """The models and optimizers of one arm and seed, and where they stand: all that a checkpoint holds."""
 
     def __init__(self, config, data, folder):
         self.config, self.data, self.folder, self.seed = config, data, folder, config.seeds[0]
-        self.done, self.best, self.seconds = 0, None, 0.0
+        self.done, self.best, self.seconds, self.lines = 0, None, 0.0, []  # lines: of log.jsonl
         self.device, self.autocast, self.scalers, _ = precision(config)
-        labels, proj_dim, last = max(1, len(data.task.labels)), config.proj_dim or data.dim, folder / "last"
-        recover_folder(folder / "best")
-        saved = recover_folder(last) and (last / "training.json").exists()
+        labels, last = max(1, len(data.task.labels)), folder / "last"
+        settle(folder / "best")
+        settle(last)
+        saved = (last / "training.json").exists()
         torch.manual_seed(seed_of(self.seed, "student"))
         texts = [text for example in data.splits["train"] for text in data.task.pair(example) if text]
         self.student = load_student(last) if saved else build_student(
-            config.student, labels, proj_dim, texts, orthogonal=config.orthogonal_student,
+            config.student, labels, data.dim, texts, orthogonal=config.orthogonal_student,
             labels=data.task.labels, max_length=config.max_length)
         large = sum(p.numel() for p in self.student.lm.parameters()) > 300e6 and self.device.type == "cuda"
-        if {"on": True, "off": False, "auto": large}[config.grad_checkpoint]:
+        if config.grad_checkpoint == "on" or (config.grad_checkpoint == "auto" and large):
             self.student.checkpoint_gradients()
         torch.manual_seed(seed_of(self.seed, "aligner"))
         self.aligner = self.vectors = None
         if is_distilled(config):
             self.vectors, self.lookup = data.vectors[config.teacher], data.lookup(config, self.seed)
-            self.aligner = TSAligner(self.vectors["dev"]([0]).shape[1], labels, proj_dim=proj_dim)
+            self.aligner = TSAligner(self.vectors["dev"]([0]).shape[1], labels, proj_dim=data.dim)
         models = [("aligner", self.aligner), ("student", self.student)]  # in the order of an epoch
         self.models = torch.nn.ModuleDict([pair for pair in models if pair[1]]).to(self.device)
         if data.task.kind == "regress" and not saved:  # a relu starting below 0 stays there: one seed in ten
             for name, value in self.models.named_parameters():
                 if name.endswith("classifier.bias"):
                     torch.nn.init.constant_(value, data.labels.mean().item())
-        self.rates = {"aligner": config.aligner_lr, "student": config.lr}
         self.optimizers = {role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
                            for role, model in self.models.items()}
-        data.encode(self.student, config)
+        if not data.rows:
+            data.encode(self.student, config)
         if saved:
             self.load(last)
-        else:
-            (folder / "log.jsonl").write_text("")  # forget a run that was killed before its first checkpoint
+        # Lines after the checkpoint, or without one, are forgotten: they will be written again.
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
     def schedule(self):
         """Every step of the run in order: (epoch, role, step, rows of the batch)."""
@@ -396,24 +377,22 @@ class Cell:
 
     def save(self):
         """last/: the student as load_student and AutoModel open it, and beside it all that going on needs."""
-        def write(new):
+        with replacing(self.folder / "last") as new:
             self.student.save(new)
             if self.aligner:
                 save_file(self.aligner.state_dict(), new / "aligner.safetensors")
             save_file({f"{role} {i} {key}": value for role, optimizer in self.optimizers.items()
                        for i, state in optimizer.state_dict()["state"].items()
                        for key, value in state.items()}, new / "optimizers.safetensors")
-            shutil.copy(self.folder / "log.jsonl", new)
-            write_json(new / "training.json", {"done": self.done, "best": self.best, "seconds": self.seconds,
-                                               "scaler": self.scalers["student"].state_dict()})
-        replace_folder(self.folder / "last", write)
+            write_json(new / "training.json", {
+                **{name: getattr(self, name) for name in ("done", "best", "seconds", "lines")},
+                "scaler": self.scalers["student"].state_dict()})
 
     def load(self, last):
-        """The reverse of save(). Log lines after the checkpoint are cut off: they will be written again."""
+        """The reverse of save()."""
         state = json.loads((last / "training.json").read_text())
-        self.done, self.best, self.seconds = state["done"], state["best"], state["seconds"]
-        self.scalers["student"].load_state_dict(state["scaler"])  # ignored unless fp16 enables it
-        shutil.copy(last / "log.jsonl", self.folder)
+        self.scalers["student"].load_state_dict(state.pop("scaler"))  # ignored unless fp16 enables it
+        vars(self).update(state)
         if self.aligner:
             self.aligner.load_state_dict(load_file(last / "aligner.safetensors"))
         for name, value in load_file(last / "optimizers.safetensors").items():
@@ -432,17 +411,16 @@ class Cell:
         """The aligner's own scores on the dev split's true vectors, and how well p_s meets its p_t."""
         if self.aligner is None:
             return {"aligner": None, "spaces": None}
-        answers, n, p_t = [], len(self.data.splits["dev"]), None
-        for start in range(0, n, len(p_s)):  # as many at once as p_s were kept: the first batch is theirs
-            e = torch.from_numpy(self.vectors["dev"](range(start, min(n, start + len(p_s))))).to(self.device)
-            out = self.aligner.eval()(e)
-            answers, p_t = answers + predictions(out.logits).tolist(), out.proj if p_t is None else p_t
-        scores = evaluation.score(self.data.task, self.data.splits["dev"], answers)
-        p_t, p_s = p_t.cpu().numpy(), torch.stack(p_s).numpy()
-        return {"aligner": scores, "spaces": {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s),
-                                              "cka": evaluation.linear_cka(p_t, p_s)}}
+        dev, read = self.data.splits["dev"], self.vectors["dev"]
+        outs = [self.aligner.eval()(torch.from_numpy(read(range(i, min(i + 1000, len(dev))))).to(self.device))
+                for i in range(0, len(dev), 1000)]  # p_s too are those of the first 1000
+        answers = predictions(torch.cat([out.logits for out in outs])).tolist()
+        p_t, p_s = outs[0].proj.cpu().numpy(), torch.stack(p_s).numpy()
+        spaces = {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s), "cka": evaluation.linear_cka(p_t, p_s)}
+        return {"aligner": evaluation.score(self.data.task, dev, answers), "spaces": spaces}
 
     def log(self, line):
+        self.lines.append(line)
         with open(self.folder / "log.jsonl", "a") as file:
             print(json.dumps(line), file=file)
 
@@ -480,59 +458,58 @@ def update(cell, epoch, role, step, rows):
 
 def run(cell):
     """Train one cell from where it stands to the end: the aligner's epoch, the student's epoch, and again."""
-    config, data, waiting, began = cell.config, cell.data, [], time.perf_counter() - cell.seconds
+    config, data, began = cell.config, cell.data, time.perf_counter() - cell.seconds
+    rates = {"aligner": config.aligner_lr, "student": config.lr}
     steps = math.ceil(len(data.labels) / config.batch_size)  # an epoch's, for each role
     if cell.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(cell.device)
-    bar = tqdm(total=steps * config.epochs * len(cell.models), initial=cell.done, leave=False, disable=None,
+    bar = tqdm(cell.schedule(), total=steps * config.epochs * len(cell.models), leave=False, disable=None,
                desc=f"{config.arms[0]} seed {cell.seed}")
     with interruptible() as pressed, bar:
-        read_at = time.perf_counter()
-        for count, (epoch, role, step, rows) in enumerate(cell.schedule(), 1):
+        waiting, tokens, read_at = [], 0, time.perf_counter()  # since the last line of the log
+        for count, (epoch, role, step, rows) in enumerate(bar, 1):
             if count <= cell.done:
                 continue  # resumed: walk past what is done. Each step seeds itself: skipping changes nothing.
-            lr = cell.rates[role] * lr_factor(epoch * steps + step, config.epochs * steps)
+            lr = rates[role] * lr_factor(epoch * steps + step, config.epochs * steps)
             cell.optimizers[role].param_groups[0]["lr"] = lr
-            values = update(cell, epoch, role, step, rows)
-            waiting.append((values, {
-                "step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
-                "tokens": sum(len(data.rows["train"][i]["input_ids"]) for i in rows)}))
+            waiting.append(update(cell, epoch, role, step, rows))
+            tokens += sum(len(data.rows["train"][i]["input_ids"]) for i in rows)
             cell.done, cell.seconds = count, time.perf_counter() - began
             end, stop = step + 1 == steps, bool(pressed)
-            bar.update()
-            if end or stop or (step + 1) % 50 == 0:
-                line = read_log(waiting, time.perf_counter() - read_at, cell.scalers[role])
-                cell.log(line)
-                bar.set_postfix({name: f"{line[name]:.3g}" for name in (*values, "tokens_per_second")})
-                waiting, read_at = [], time.perf_counter()
-            due = (end and role == "student"
-                   and ((epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs))
-            if due:
+            if not (end or stop or (step + 1) % 50 == 0):
+                continue  # reading a value each step would stall the CPU until the GPU is done
+            facts = {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
+                     "steps": len(waiting), "tokens": tokens}
+            values = means(waiting, facts, cell.scalers[role])
+            cell.log(facts | values | {"tokens_per_second": round(tokens / (time.perf_counter() - read_at))})
+            bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
+            due = epoch + 1 == config.epochs or (epoch + 1) % config.eval_every == 0
+            if due := due and end and role == "student":
                 scores, _, p_s = cell.evaluate()
                 cell.log({"epoch": epoch + 1, "dev": scores, **cell.evaluate_aligner(p_s)})
                 headline = data.task.metrics[0]
                 if cell.best is None or scores[headline] > cell.best["dev"][headline]:
                     cell.best = {"epoch": epoch + 1, "dev": scores}
-                    replace_folder(cell.folder / "best", cell.student.save)
+                    with replacing(cell.folder / "best") as new:
+                        cell.student.save(new)
             if due or stop:
                 cell.save()
-                read_at = time.perf_counter()  # evaluation and files are not the next steps' time
             if stop:
                 raise KeyboardInterrupt
+            waiting, tokens, read_at = [], 0, time.perf_counter()
     finish(cell)
 
 def finish(cell):
     """Finish the cell: score the last epoch's student on all splits, write predictions_* and metrics.json."""
     config, data = cell.config, cell.data
-    lines = [json.loads(line) for line in (cell.folder / "log.jsonl").read_text().splitlines()]
-    norms = [(line["grad_norm"], line["steps"]) for line in lines if line.get("role") == "student"]
+    norms = [(line["grad_norm"], line["steps"]) for line in cell.lines if line.get("role") == "student"]
     # On the CPU the process's high-water mark; Linux counts it in KiB, macOS in bytes.
     peak = (torch.cuda.max_memory_allocated(cell.device) if cell.device.type == "cuda" else
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     metrics = {
         "task": data.task.name, "student": config.student, "teacher": config.teacher, "arm": config.arms[0],
         "seed": cell.seed, "control": not is_distilled(config) or config.pairing != "own",
-        "best": cell.best, **{name: lines[-1][name] for name in ("aligner", "spaces")},  # the last evaluation
+        "best": cell.best, "aligner": cell.lines[-1]["aligner"], "spaces": cell.lines[-1]["spaces"],
         "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
         "parameters": sum(p.numel() for p in cell.student.parameters()), "seconds": round(cell.seconds, 1),
         "peak_memory_mib": peak >> 20}
@@ -540,19 +517,18 @@ def finish(cell):
         metrics[split], answers, _ = cell.evaluate(split)
         evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
     write_json(cell.folder / "metrics.json", metrics)
-    for name in ("optimizers.safetensors", "training.json", "log.jsonl"):
+    for name in ("optimizers.safetensors", "training.json"):
         (cell.folder / "last" / name).unlink()  # twice the student's size, and never needed again
-    headline = data.task.metrics[0]
-    print(f"seed {cell.seed} {config.arms[0]}: dev {headline} {100 * metrics['dev'][headline]:.1f} "
-          f"({metrics['seconds']} s)", flush=True)
+    metric, score = next(iter(metrics["dev"].items()))  # the headline
+    print(f"seed {cell.seed} {config.arms[0]}: dev {metric} {100 * score:.1f} ({metrics['seconds']} s)",
+          flush=True)
 
 # ---- the grid and the command line -------------------------------------------------------------------------
 def train(config):
     """Train every arm with every seed -> {arm: {seed: metrics}}. A finished cell is read, not trained again.
     Raises UserError for whatever the caller can mend, before a model is loaded wherever that is possible."""
     config = resolve(resume_config(config.resume, {}) if config.resume and not config.out else config)
-    out = Path(config.out)
-    fresh = not out.exists()
+    out, fresh = Path(config.out), not Path(config.out).exists()
     if not config.resume and any(out.glob("*/*/log.jsonl")):
         raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give another --out")
     cells = {(seed, arm): out / arm / str(seed) for seed in config.seeds for arm in config.arms}

@@ -292,14 +292,13 @@ def test_fp16_forgives_a_skipped_step_but_not_a_scale_that_vanishes():
         def get_scale(self):
             return self.scale
 
-    scaler, facts = Scaler(), {"role": "student", "step": 1, "epoch": 1, "tokens": 10}
-    waiting = [({"loss": torch.tensor(1.0), "grad_norm": torch.tensor(n)}, facts)
-               for n in (float("inf"), 3.0)]
+    scaler, facts = Scaler(), {"role": "student", "step": 2, "epoch": 1}
+    waiting = [{"loss": torch.tensor(1.0), "grad_norm": torch.tensor(n)} for n in (float("inf"), 3.0)]
     scaler.scale = 2.0**15
-    assert training.read_log(waiting, 1.0, scaler)["grad_norm"] == 3.0
+    assert training.means(waiting, facts, scaler)["grad_norm"] == 3.0
     scaler.scale = 2.0**-3
     with pytest.raises(UserError, match="overflow at every loss scale"):
-        training.read_log(waiting, 1.0, scaler)
+        training.means(waiting, facts, scaler)
 
 def test_the_student_step_leaves_the_aligner_alone_and_the_aligner_step_the_student(tmp_path, monkeypatch):
     cell, seen = cell_of(tmp_path, epochs=1), []
@@ -424,18 +423,24 @@ def test_a_process_killed_by_the_system_is_resumed_from_its_last_checkpoint(tmp_
 
 def test_replacing_a_folder_leaves_one_whole_folder_wherever_it_is_killed(tmp_path):
     folder = tmp_path / "last"
-    training.replace_folder(folder, lambda new: (new / "a").write_text("1"))
 
-    def fails(new):
-        (new / "a").write_text("half")
-        raise OSError("disk full")
+    def replace(content, error=None):
+        with training.replacing(folder) as new:
+            new.mkdir()
+            (new / "a").write_text(content)
+            if error:
+                raise error
 
+    replace("1")
     with pytest.raises(OSError):
-        training.replace_folder(folder, fails)
+        replace("half", OSError("disk full"))
     assert (folder / "a").read_text() == "1"
-    folder.rename(tmp_path / "last.old")  # as a kill between the two renames leaves it
-    assert training.recover_folder(folder) and (folder / "a").read_text() == "1"
-    training.replace_folder(folder, lambda new: (new / "a").write_text("2"))
+    folder.rename(tmp_path / "last.new")  # as a kill leaves it that comes while the old one is being deleted
+    folder.mkdir()
+    (folder / "half").write_text("deleted")
+    training.settle(folder)
+    assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("a", "1")]
+    replace("2")
     assert (folder / "a").read_text() == "2" and sorted(p.name for p in tmp_path.iterdir()) == ["last"]
 
 def test_a_finished_cell_is_read_and_not_trained_again(tmp_path, monkeypatch):
