@@ -35,7 +35,6 @@ class Householder(nn.Module):
 
     Q is n x n, n the larger of in and d. Where d > in (a student's projection, on request), x is padded with
     zeros and the map has orthonormal columns."""
-
     def __init__(self, in_dim, out_dim, reflections=32):
         super().__init__()
         self.in_dim, self.out_dim = in_dim, out_dim
@@ -60,7 +59,6 @@ class Householder(nn.Module):
 class TSAligner(nn.Module):
     """Teacher vectors (B, d_e) -> Outputs. It costs milliseconds, so it always runs in float32.
     proj_dim d defaults to latent_dim; ValueError if d > d_e: only d_e such rows are orthonormal."""
-
     def __init__(self, latent_dim, num_labels, hidden_dim=512, proj_dim=None, dropout=0.1):
         super().__init__()
         # DEVIATION: paper says 768 (Table 1), the authors' code 1024; we default to d_e, because then p_t

@@ -98,6 +98,13 @@ TASKS = {task.name: task for task in (
 )}
 KEEP = ("question", "word", "span1_text", "span2_text")  # never cut: the rest means nothing without them
 
+# Official archives, each one folder named as Task.folder; MRPC has none. ARMADA_MIRROR=URL is another SITE.
+SITE = "https://dl.fbaipublicfiles.com"
+ARCHIVES = {name: f"/glue/superglue/data/v2/{TASKS[name].folder}.zip"
+            for name in ("boolq", "cb", "copa", "rte", "wic", "wsc")} | {
+    name: f"/glue/data/{ {'qqp': 'QQP-clean', 'qnli': 'QNLIv2'}.get(name, TASKS[name].folder)}.zip"
+    for name in ("cola", "sst2", "stsb", "qqp", "mnli", "qnli", "wnli")}
+
 def known(name, names, what):
     """`name` itself when it is among `names`; else a UserError that suggests the nearest one."""
     if name not in names:
@@ -259,17 +266,6 @@ def _transfer(url, part):
         if file.tell() < size:
             raise OSError(f"{file.tell()} of {size} bytes came")
 
-def addresses(task):
-    """Where a task's official files lie; ARMADA_MIRROR=URL takes the same paths from another host."""
-    site, github = ((os.environ.get("ARMADA_MIRROR") or f"https://{host}").rstrip("/")
-                    for host in ("dl.fbaipublicfiles.com", "raw.githubusercontent.com"))
-    if task.name == "mrpc":  # no archive, but two lists, and GLUE's choice of dev rows
-        return [f"{site}/senteval/senteval_data/msr_paraphrase_train.txt",
-                f"{site}/senteval/senteval_data/msr_paraphrase_test.txt",
-                f"{github}/MegEngine/Models/master/official/nlp/bert/glue_data/MRPC/dev_ids.tsv"]
-    place = "superglue/data/v2" if task.name in ("boolq", "cb", "copa", "rte", "wic", "wsc") else "data"
-    return [f"{site}/glue/{place}/{ {'qqp': 'QQP-clean', 'qnli': 'QNLIv2'}.get(task.name, task.folder)}.zip"]
-
 def download(task, cache_dir):
     """The folder that holds task.folder, fetched and unpacked once; a second process waits for the first."""
     from filelock import FileLock
@@ -279,35 +275,23 @@ def download(task, cache_dir):
         if (data_dir / task.folder).is_dir():
             return data_dir
         hint = f"put {task.folder}/ with the official files into FOLDER and give --data-dir FOLDER"
-        files = []
-        for url in addresses(task):
-            print(f"downloading {url}", flush=True)
-            part = data_dir / f"{task.folder}-{url.rpartition('/')[2]}.part"
-            patiently(lambda: _transfer(url, part), f"{url} (or {hint})", pauses=(1, 2, 4))
-            files.append(part.rename(Path(scratch, part.stem)))
+        if task.name not in ARCHIVES:
+            raise UserError(f"task {task.name} has no official archive: {hint}")
+        url = (os.environ.get("ARMADA_MIRROR") or SITE).rstrip("/") + ARCHIVES[task.name]
+        print(f"downloading {url}", flush=True)
+        part = data_dir / f"{task.folder}.zip.part"
+        patiently(lambda: _transfer(url, part), f"{url} (or {hint})", pauses=(1, 2, 4))
+        part.rename(f"{scratch}/zip")
         try:
-            _unpack(task, files, Path(scratch))
+            with zipfile.ZipFile(f"{scratch}/zip") as archive:  # which checks a sum of every member
+                for name in archive.namelist():
+                    if name.startswith(("/", "\\")) or ".." in Path(name).parts:
+                        raise ValueError(f"its member {name} would leave the folder")
+                archive.extractall(scratch)
             os.rename(f"{scratch}/{task.folder}", data_dir / task.folder)  # atomic: one file system
         except Exception as error:  # of many kinds, from zipfile, zlib and the file system
             raise UserError(f"{url} sent damaged files ({error}): try again, or {hint}") from None
     return data_dir
-
-def _unpack(task, files, folder):
-    """The files into folder. GLUE's dev rows of MRPC are the official training rows whose ids are listed."""
-    if task.name != "mrpc":
-        with zipfile.ZipFile(*files) as archive:  # which checks a sum of every member
-            for name in archive.namelist():
-                if name.startswith(("/", "\\")) or ".." in Path(name).parts:
-                    raise ValueError(f"its member {name} would leave the folder")
-            return archive.extractall(folder)
-    train, test, chosen = files
-    (folder / "MRPC").mkdir()
-    ids = {tuple(line.split()) for line in chosen.read_text().splitlines()}
-    header, *rows = train.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    for split, is_dev in (("train", False), ("dev", True)):
-        mine = [row for row in rows if (tuple(row.split("\t")[1:3]) in ids) == is_dev]
-        (folder / f"MRPC/{split}.tsv").write_text("\n".join([header, *mine, ""]), encoding="utf-8")
-    test.rename(folder / "MRPC/test.tsv")
 
 # ---- from examples to batches ------------------------------------------------------------------------------
 def encode(task, examples, tokenizer, max_length, decoder):

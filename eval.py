@@ -134,7 +134,7 @@ def compare(scores, controls, level=0.05):
 
 # ---- runs --------------------------------------------------------------------------------------------------
 def find_cells(runs):
-    """{ARM/SEED folder: its metrics.json, {} where a student was saved but never finished} at or below `runs`."""
+    """{ARM/SEED folder: its metrics.json, or {} where the saved student is not finished} at or below runs."""
     cells = {}
     for run in runs:
         found = [folder for folder in sorted(Path(run).resolve().glob("**/")) if folder.name.isdigit() and
@@ -173,7 +173,7 @@ def evaluate_cell(cell, metrics, data_dir):
 def by_run(cells):
     """Yields (run folder, task, {arm: {seed: metrics}}), the arms in the training's order."""
     for run in dict.fromkeys(folder.parents[1] for folder in cells):
-        mine = sorted((int(folder.name), folder) for folder in cells if folder.parents[1] == run)
+        mine = sorted((int(path.name), path) for path in cells if cells[path] and path.parents[1] == run)
         config = run / "config.json"
         arms = {arm: {} for arm in json.loads(config.read_text())["arms"]} if config.exists() else {}
         for seed, folder in mine:

@@ -39,7 +39,6 @@ SHORT_NAMES = {"bert-base": "google-bert/bert-base-uncased", "bert-6l": "google-
 
 class Student(nn.Module):
     """A language model with heads: student(input_ids, attention_mask, token_type_ids=None) -> Outputs."""
-
     def __init__(self, lm, tokenizer, num_labels, proj_dim, dropout=0.1, orthogonal=False, labels=(),
                  max_length=128):
         super().__init__()

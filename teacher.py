@@ -30,7 +30,6 @@ from data import CACHE, OBJECTS, Parser, UserError, find_task, known, load_task,
 
 class Teacher:
     """The interface: name (with all that changes a vector: it is the cache's key), dim, encode(texts)."""
-
     costly = True     # asked once a text, by way of the cache; else it has reader(split, texts), as below
     at_once = 256     # texts between two writes to the cache: what a kill can lose
     tokenizer = None  # of a teacher that reads max_tokens of a text and no more
@@ -46,7 +45,6 @@ class Painter(Teacher):
     other word leaves a faint pixel of its own, so every text has a picture; beyond OBJECTS it knows NOTHING.
     painter:RHO gives RHO picture + sqrt(1 - RHO^2) noise of the same power: the dose of the teacher.
     """
-
     dim, costly = 1024, False
     colours = {"red": (.9, .1, .1), "green": (.1, .7, .2), "blue": (.1, .3, .9), "brown": (.5, .3, .1),
                "grey": (.5, .5, .5), "white": (1, 1, 1), "black": (.1, .1, .1), "yellow": (.95, .85, .1),
@@ -113,7 +111,6 @@ def _frozen(name, kind):
 
 class Clip(Teacher):
     """The text side of CLIP's image-text space: where a picture of the text would lie, without drawing it."""
-
     def __init__(self, model):
         self.model, self.tokenizer = _frozen(model, "CLIPTextModelWithProjection")
         self.name, config = f"clip:{self.model.name_or_path}", self.model.config
@@ -154,7 +151,6 @@ ENCODERS = {"pixels": pixels, "clip": clip_pixels, "vae": vae}
 
 class Pictures(Teacher):
     """A teacher whose pictures a picture encoder turns into vectors; a subclass gives picture(text)."""
-
     at_once = 1  # a picture takes seconds and may cost money: a kill loses the one in work
 
     def __init__(self, name, encoder):
@@ -170,7 +166,6 @@ class StableDiffusion(Pictures):
     """The paper's teacher: a 512 x 512 picture of the text, then image-to-image at 128 x 128 to a 4 x 16 x 16
     latent; with a picture encoder, the first picture as that sees it. Each text is drawn alone from a seed of
     its own, so that neither batch size nor order changes a vector."""
-
     recipe = {"num_inference_steps": 20, "guidance_scale": 7.5}
 
     def __init__(self, model, encoder):
@@ -222,7 +217,6 @@ def _whole(data):
 class Api(Pictures):
     """An OpenAI-compatible images endpoint, api:https://HOST/v1#model=NAME&size=512x512: what follows # are
     fields of each request. The key stands in OPENAI_API_KEY, goes to that host alone, is written nowhere."""
-
     cache = None  # where bought pictures are kept: another encoder sees the same ones
 
     def __init__(self, url, encoder):
@@ -265,7 +259,6 @@ class Api(Pictures):
 class ImageFolder(Pictures):
     """Pictures that anyone made. FOLDER/manifest.jsonl has a line {"text": ..., "file": ...} for each, or
     {"split": "train", "index": 0, "file": ...} for row 0 of train."""
-
     def __init__(self, folder, encoder):
         super().__init__(f"images:{folder}", encoder)
         self.manifest, self.files, number = Path(folder) / "manifest.jsonl", {}, 1
@@ -297,7 +290,6 @@ class ImageFolder(Pictures):
 
 class VectorFolder(Teacher):
     """Ready-made vectors: FOLDER/train.npy, dev.npy, row i for example i of the official file."""
-
     costly = False
 
     def __init__(self, folder):
@@ -352,7 +344,6 @@ def build_teacher(spec, picture_encoder=None):
 # ---- from a teacher to the vectors of a task ---------------------------------------------------------------
 class Cache:
     """Vectors and bought pictures on disk: sqlite in WAL mode survives a kill and takes two writers."""
-
     def __init__(self, folder):
         self.path = Path(folder) / "teachers.sqlite"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -405,18 +396,15 @@ def fill(teacher, items, keys, cache, most=None):
     """Ask a costly teacher for what the cache lacks, each item once, `most` at most; returns how many."""
     with FileLock(f"{cache.path}.{Cache.key(teacher.name, '')}.lock"):  # a second process finds them made
         teacher.cache, missing = cache, list({keys[i]: i for i in cache.missing(keys)}.values())
-        todo = missing[:most]
-        if teacher.tokenizer:
-            lengths = [len(teacher.tokenizer(items[i], verbose=False)["input_ids"]) for i in todo]
-            if cut := sum(length > teacher.max_tokens for length in lengths):
-                print(f"{teacher.name}: {cut} of {len(todo)} texts are too long for it and cut", file=sys.stderr)
-        with tqdm(total=len(todo), desc=teacher.name, disable=None if todo else True) as bar:
-            for start in range(0, len(todo), teacher.at_once):
-                rows = todo[start:start + teacher.at_once]
-                asked = [items[i] for i in rows]
-                vectors = _finite(teacher, teacher.encode(asked), asked)
-                cache.put({keys[i]: vector.tobytes() for i, vector in zip(rows, vectors)})
-                bar.update(len(rows))
+        todo, step = missing[:most], teacher.at_once
+        lengths = [len(teacher.tokenizer(items[i], verbose=False)["input_ids"]) for i in todo if teacher.tokenizer]
+        if cut := sum(length > teacher.max_tokens for length in lengths):
+            print(f"{teacher.name}: {cut} of {len(todo)} texts are too long for it and cut", file=sys.stderr)
+        for start in tqdm(range(0, len(todo), step), desc=teacher.name, unit_scale=step, disable=None):
+            rows = todo[start:start + step]
+            asked = [items[i] for i in rows]
+            vectors = _finite(teacher, teacher.encode(asked), asked)
+            cache.put({keys[i]: vector.tobytes() for i, vector in zip(rows, vectors)})
     if len(todo) < len(missing):
         raise UserError(f"--max-pictures {most}: {len(missing) - most} are still to make; again goes on")
     return len(todo)
@@ -445,7 +433,7 @@ def open_vectors(teacher, task, examples, cache_dir, limit=None, most=None):
 
 # ---- the command line --------------------------------------------------------------------------------------
 def main(argv=None):
-    parser = Parser(prog="teacher.py", allow_abbrev=False, description="Make teacher vectors ahead; check them.")
+    parser = Parser(prog="teacher.py", allow_abbrev=False, description="Make vectors ahead; check the cache.")
     for flag, help, default in (
             ("task", "Task whose train and dev texts the teacher gets.", None),
             ("teacher", f"One of {', '.join(TEACHERS)}, with :ARGUMENT where it takes one.", "painter"),
@@ -468,11 +456,10 @@ def main(argv=None):
             whole = sum(cache.get(key) is not None for key in keys)
             print(f"{cache.path}: {whole} entries are whole; thrown away as damaged: {len(keys) - whole}")
         if args.task:
-            examples, began = load_task(args.task, args.data_dir, args.cache_dir), time.perf_counter()
-            teacher, n = build_teacher(args.teacher, args.picture_encoder), len(examples["dev"])
-            _, made = open_vectors(teacher, find_task(args.task), examples, args.cache_dir, args.limit,
-                                   args.max_pictures)
-            n += len(examples["train"][:args.limit])
+            task, examples = find_task(args.task), load_task(args.task, args.data_dir, args.cache_dir)
+            teacher, began = build_teacher(args.teacher, args.picture_encoder), time.perf_counter()
+            _, made = open_vectors(teacher, task, examples, args.cache_dir, args.limit, args.max_pictures)
+            n = len(examples["train"][:args.limit]) + len(examples["dev"])
             print(f"{teacher.name}: {n} vectors of {teacher.dim} numbers, {4e-6 * n * teacher.dim:.1f} MB; "
                   f"{made} made now, in {time.perf_counter() - began:.1f} s")
     except (UserError, OSError, ValueError, sqlite3.Error) as error:

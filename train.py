@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import sqlite3
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from data import (CACHE, Parser, UserError, collate, encode, find_task, known, length_grouped_batches,
                   load_task)
-from teacher import ENCODERS, build_teacher, open_vectors, split_spec
+from teacher import ENCODERS, TEACHERS, build_teacher, open_vectors, split_spec
 
 # ---- configuration: every field is a flag ------------------------------------------------------------------
 def option(default, help, choices=(), low=-math.inf, high=math.inf, above=-math.inf):
@@ -56,11 +55,9 @@ ARMS = {
 @dataclass
 class Config:
     """One run; argparse is built from these fields. None means "it depends" and is filled in by resolve()."""
-
     task: str = option(None, "Task to learn: objects (built in) or an understanding task such as rte.")
     student: str = option(None, "Short name such as opt-1.3b, hub id, local folder, or tiny.")
-    teacher: str = option(None, "One of painter[:RHO], clip[:MODEL], stable-diffusion[:MODEL], api:URL, "
-                                "images:FOLDER, vectors:FOLDER.")
+    teacher: str = option(None, f"NAME[:ARGUMENT], with a NAME of {', '.join(TEACHERS)}.")
     picture_encoder: str = option(None, "What looks at its pictures: pixels, clip[:MODEL] or vae[:MODEL].")
     max_pictures: int = option(None, "Let a teacher make at most so many vectors, then stop.", low=0)
     arms: tuple = option(None, f"Arms, with commas, of {', '.join(ARMS)}.")
@@ -71,8 +68,7 @@ class Config:
     out: str = option(None, "Folder to write; runs/TASK by default, or runs/TASK-2 ... when that is taken.")
     resume: str = option(None, "Run, or one ARM/SEED of it, to go on with; it remembers its other flags.")
     # DEVIATION: the paper reports three kinds; our default compares each text with its own picture.
-    loss: str = option("manifold", "Manifold loss: of batch means (euclidean, cosine) or of each example.",
-                       ("euclidean", "cosine", "manifold"))
+    loss: str = option("manifold", "Loss between the spaces.", ("euclidean", "cosine", "manifold"))
     alpha: float = option(0.5, "Weight of the soft labels against the true ones.", low=0, high=1)
     beta: float = option(None, "Weight of the manifold loss.", low=0)
     gamma: float = option(1.0, "Weight of the auxiliary heads in the task and output losses.", low=0)
@@ -89,8 +85,7 @@ class Config:
     aligner_lr: float = option(1e-3, "The aligner's peak learning rate; 0 leaves it untrained.", low=0)
     device: str = option("auto", "Where to train: auto, cpu, cuda, cuda:N or mps.")
     amp: str = option("auto", "Mixed precision; auto: bf16 or fp16 on CUDA.", ("auto", "off", "bf16", "fp16"))
-    grad_checkpoint: str = option("auto", "Recompute activations to save memory; auto: on CUDA, for students "
-                                          "over 300 M parameters.", ("auto", "on", "off"))
+    grad_checkpoint: str = option("auto", "Recompute activations; auto: if large.", ("auto", "on", "off"))
     limit: int = option(None, "Keep only the first N training examples.", low=2)
     eval_every: int = option(None, "Epochs between evaluations, each with a checkpoint.", low=1)
 
@@ -99,7 +94,7 @@ class Config:
         for each in [each for each in fields(self) if getattr(self, each.name) is not None]:
             value, flag = getattr(self, each.name), "--" + each.name.replace("_", "-")
             if each.type is tuple:  # "0,1" and (0, 1) are the same thing
-                items = value.split(",") if isinstance(value, str) else map(str, value)
+                items = str(value).split(",") if isinstance(value, (str, int)) else map(str, value)
                 items = tuple(item.strip() for item in items)
                 if each.name == "seeds" and not all(map(str.isdecimal, items)):
                     raise UserError(f"--seeds {','.join(items)}: give whole numbers: 0,1,2 (seeds from 0)")
@@ -117,8 +112,6 @@ class Config:
         self.task = None if self.task is None else find_task(self.task).name
         split_spec(self.teacher or "painter")  # these two know the names, and build nothing yet
         split_spec(self.picture_encoder or "pixels", ENCODERS, "--picture-encoder")
-        if self.offline:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # which the hub's own library and data.patiently ask
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UserError(f"--device {self.device}: choose auto, cpu, cuda, cuda:N or mps")
 
@@ -132,6 +125,8 @@ DEFAULTS = {
 
 def resolve(config):
     """A copy with every default filled in and every value checked; UserError before any load or fetch."""
+    if config.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # which the hub's own library and data.patiently ask
     task = find_task(config.task or "objects")
     out, n = f"runs/{task.name}", 2
     while Path(out).exists():  # a second run never touches the first
@@ -213,13 +208,14 @@ def precision(config):
     device = torch.device(auto if config.device == "auto" else config.device)
     if (device.index or 0) >= torch.get_device_module(device).device_count():
         raise UserError(f"--device {config.device}: torch sees no such device here; try --device {auto}")
-    best = "off"
+    best, why = "off", f"float32 on {device.type}"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: 10-bit mantissas in products, several times faster
-        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        best, why = ("bf16", "the GPU has it") if has else ("fp16", "the GPU has no bf16")
     elif config.amp == "fp16":
         raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
-    amp, why = (best, f"best on this {device.type}") if config.amp == "auto" else (config.amp, "as asked")
+    amp, why = (best, why) if config.amp == "auto" else (config.amp, "as asked")
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range.
     scalers = {role: torch.amp.GradScaler(device.type, enabled=role == "student" and amp == "fp16")
@@ -280,7 +276,6 @@ def means(waiting, facts, scaler):
 # ---- a run: its data, and the cells of its grid ------------------------------------------------------------
 class Data:
     """Examples, teacher vectors (of each teacher an arm looks at) and token ids, once for all cells."""
-
     def __init__(self, config):
         self.task = find_task(config.task)
         self.splits = load_task(config.task, config.data_dir, config.cache_dir)
@@ -328,7 +323,6 @@ def is_distilled(config):
 
 class Cell:
     """The models and optimizers of one arm and seed, and where they stand: all that a checkpoint holds."""
-
     def __init__(self, config, data, folder):
         self.config, self.data, self.folder, self.seed = config, data, folder, config.seeds[0]
         self.done, self.best, self.seconds, self.lines = 0, None, 0.0, []  # lines: of log.jsonl
@@ -411,11 +405,12 @@ class Cell:
         """The aligner's own scores on the dev split's true vectors, and how well p_s meets its p_t."""
         if self.aligner is None:
             return {"aligner": None, "spaces": None}
-        dev, read = self.data.splits["dev"], self.vectors["dev"]
-        outs = [self.aligner.eval()(torch.from_numpy(read(range(i, min(i + 1000, len(dev))))).to(self.device))
-                for i in range(0, len(dev), 1000)]  # p_s too are those of the first 1000
-        answers = predictions(torch.cat([out.logits for out in outs])).tolist()
-        p_t, p_s = outs[0].proj.cpu().numpy(), torch.stack(p_s).numpy()
+        dev, answers = self.data.splits["dev"], []
+        for i in reversed(range(0, len(dev), 1000)):  # the first rows last: their p_t stays, as their p_s did
+            e = torch.from_numpy(self.vectors["dev"](range(i, min(i + 1000, len(dev))))).to(self.device)
+            logits, _, p_t = self.aligner.eval()(e)
+            answers = predictions(logits).tolist() + answers
+        p_t, p_s = p_t.cpu().numpy(), torch.stack(p_s).numpy()
         spaces = {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s), "cka": evaluation.linear_cka(p_t, p_s)}
         return {"aligner": evaluation.score(self.data.task, dev, answers), "spaces": spaces}
 
@@ -503,9 +498,7 @@ def finish(cell):
     """Finish the cell: score the last epoch's student on all splits, write predictions_* and metrics.json."""
     config, data = cell.config, cell.data
     norms = [(line["grad_norm"], line["steps"]) for line in cell.lines if line.get("role") == "student"]
-    # On the CPU the process's high-water mark; Linux counts it in KiB, macOS in bytes.
-    peak = (torch.cuda.max_memory_allocated(cell.device) if cell.device.type == "cuda" else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    peak = torch.cuda.max_memory_allocated(cell.device) if cell.device.type == "cuda" else 0
     metrics = {
         "task": data.task.name, "student": config.student, "teacher": config.teacher, "arm": config.arms[0],
         "seed": cell.seed, "control": not is_distilled(config) or config.pairing != "own",
@@ -560,7 +553,7 @@ def main(argv=None):
         torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
     try:
         train(config)
-        print(evaluation.report(evaluation.read_cells(evaluation.find_cells([config.out]))))
+        print(evaluation.report(evaluation.find_cells([config.out])))
     except UserError as error:
         fail(error)
     except torch.OutOfMemoryError:

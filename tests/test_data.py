@@ -154,20 +154,15 @@ def test_an_archive_is_fetched_once_from_the_mirror_and_unpacked(mirror, packed,
     with pytest.raises(UserError, match=r"\(12, 6\) rows in train and dev, not \(2490, 277\)"):
         load_task("rte", None, tmp_path / "cache")  # what we fetched ourselves must be whole
 
-def test_the_addresses_are_the_official_ones(monkeypatch):
+def test_the_addresses_are_the_official_ones():
     """Written by hand, not read from the code: a typo here costs every user a download."""
-    monkeypatch.delenv("ARMADA_MIRROR", raising=False)
     glue = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "qqp": "QQP-clean", "mnli": "MNLI",
             "qnli": "QNLIv2", "wnli": "WNLI"}
     superglue = {"boolq": "BoolQ", "cb": "CB", "copa": "COPA", "rte": "RTE", "wic": "WiC", "wsc": "WSC"}
     host = "https://dl.fbaipublicfiles.com"
-    expected = {**{name: [f"{host}/glue/data/{file}.zip"] for name, file in glue.items()},
-                **{name: [f"{host}/glue/superglue/data/v2/{file}.zip"] for name, file in superglue.items()},
-                "mrpc": [f"{host}/senteval/senteval_data/msr_paraphrase_train.txt",
-                         f"{host}/senteval/senteval_data/msr_paraphrase_test.txt",
-                         "https://raw.githubusercontent.com/MegEngine/Models/master/official/nlp/bert/glue_data/"
-                         "MRPC/dev_ids.tsv"]}
-    assert {name: data.addresses(TASKS[name]) for name in UNDERSTANDING} == expected
+    expected = {**{name: f"{host}/glue/data/{file}.zip" for name, file in glue.items()},
+                **{name: f"{host}/glue/superglue/data/v2/{file}.zip" for name, file in superglue.items()}}
+    assert {name: data.SITE + path for name, path in data.ARCHIVES.items()} == expected
 
 def test_a_broken_transfer_goes_on_where_it_stopped_also_in_the_next_run(mirror, packed, tmp_path):
     ranges = []
@@ -255,20 +250,9 @@ def test_offline_uses_what_is_there_and_asks_for_nothing(mirror, packed, tmp_pat
     with pytest.raises(UserError, match="--offline, but there is no copy here of .*CB.zip"):
         data.download(TASKS["cb"], tmp_path)
 
-def test_mrpc_is_put_together_from_its_three_lists(mirror, tmp_path):
-    """GLUE's dev set are the training rows whose two ids stand in a list of pairs."""
-    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
-    rows = [f"{i % 2}\t{i}\t{i + 50}\tone {i} .\tother {i} .\r\n" for i in range(10)]
-    files = {"train.txt": header + "".join(rows), "test.txt": header + rows[0],
-             "dev_ids.tsv": "3\t53\n8\t58\n4\t99\n"}
-    mirror(lambda request, _: respond(request, next(
-        text for name, text in files.items() if request.path.endswith(name)).encode()))
-    splits = load_task("mrpc", data.download(TASKS["mrpc"], tmp_path))
-    assert [e.fields["sentence1"] for e in splits["dev"]] == ["one 3 .", "one 8 ."]
-    assert [e.idx for e in splits["train"]] == list(range(8))
-    others = [f"other {i} ." for i in (0, 1, 2, 4, 5, 6, 7, 9)]
-    assert [e.fields["sentence2"] for e in splits["train"]] == others
-    assert [e.label for e in splits["dev"]] == [1, 0] and len(splits["test"]) == 1
+def test_mrpc_has_no_archive_and_the_error_says_where_to_put_its_files(tmp_path):
+    with pytest.raises(UserError, match="mrpc has no official archive: put MRPC/ .* give --data-dir FOLDER"):
+        load_task("mrpc", None, tmp_path)
 
 # ---- objects -----------------------------------------------------------------------------------------------
 def test_objects_shares_no_pair_between_splits_in_either_order_and_shows_every_object_in_training():
