@@ -237,16 +237,6 @@ def verdicts(compared):
     return ["differences paired by seed, in points [95 % interval], p after Holm (to armada: as it is)",
             *aligned(rows)]
 
-def agreement(cells, right):
-    """The text on two cells {folder: metrics}, given for each: is a dev example answered right?"""
-    task, other = (metrics["task"] for metrics in cells.values())
-    a, b = ("/".join(folder.parts[-3:]) for folder in cells)
-    if task != other or not find_task(task).labels:
-        raise UserError(f"{a} and {b}: example by example, give two cells of one classification task")
-    (both, only_a, only_b, neither), p = mcnemar(*right)
-    return (f"{task}, {len(right[0])} dev examples: both right {both}, only {a} {only_a}, "
-            f"only {b} {only_b}, both wrong {neither}; McNemar's exact p {p:.2g}")
-
 def main(argv=None):
     parser = Parser(prog="eval.py", allow_abbrev=False, description="Compare arms, or two students.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="A run, part of it, or two ARM/SEED folders.")
@@ -259,9 +249,9 @@ def main(argv=None):
         pair = len(args.runs) == 2 and list(cells) == [Path(run).resolve() for run in args.runs]
         right = [evaluate_cell(folder, metrics, args.data_dir) for folder, metrics in cells.items()
                  if pair or args.rescore or not metrics]
+        from tests.figures import agreement, plot  # what is not needed for a verdict lies in tests/
         print(agreement(cells, right) if pair else report(cells))
         if args.plot and not pair:
-            from tests.figures import plot  # the figures lie in tests/, which is part of the repository
             plot(cells)
     except (UserError, OSError) as error:  # OSError: a folder that cannot be written
         parser.exit(2, f"eval.py: error: {error}\n")

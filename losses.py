@@ -28,7 +28,6 @@ def _mse(a, b):
 
 def task_loss(logits, labels):
     """task(o, y) = CE(softmax(o), y) for classes and distributions; MSE(relu(o), y) for a regression.
-
     logits (B, C); labels (B,) integers, or (B,) floats where C = 1, or (B, C) floats whose rows sum to 1.
     Raises ValueError when the two do not fit together."""
     logits = _full(logits)
@@ -44,7 +43,6 @@ def task_loss(logits, labels):
 
 def output_loss(teacher_logits, student_logits, temperature):
     """L_output of two heads = T^2 MSE(softmax(o_t/T), softmax(o_s/T)); MSE(relu o_t, relu o_s) for C = 1.
-
     Logits (B, C); C = 1 is a regression. softmax(o / T) puts 1/T into the difference and into its derivative;
     T^2 takes both out, and alpha means the same at every temperature: as T grows, the value tends to
     MSE(o_t - mean_c o_t, o_s - mean_c o_s) / C^2."""
@@ -55,7 +53,6 @@ def output_loss(teacher_logits, student_logits, temperature):
 
 def manifold_loss(teacher_proj, student_proj, kind):
     """L_manifold = MSE(mean_b p_t, mean_b p_s) | 1 - cos(mean_b p_t, mean_b p_s) | MSE(p_t, p_s).
-
     Projections (B, d); kind "euclidean" | "cosine" | "manifold", in this order. The first two compare batch
     means, which permuting a batch's teacher rows does not change: they carry no pairing of text and picture.
     By Jensen euclidean <= manifold (the paper's Prop. 1, though not strictly: both are 0 at p_t = p_s)."""
@@ -81,7 +78,6 @@ def aligner_loss(aligner_out, labels, gamma):
 
 def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind, output_factor=1):
     """L_S = (1 - alpha) L_task + alpha L_output + beta L_manifold.
-
     student_out, aligner_out: Outputs(logits (B, C), aux_logits (B, C), proj (B, d)). The aligner's are
     detached, a student does not teach its teacher; aligner_out=None is "no teacher", whose two terms are 0.
     output_factor multiplies the second term: 0 drops the soft labels and leaves the true ones at 1 - alpha.

@@ -133,8 +133,7 @@ def load_student(folder):
         student = Student(*load_pretrained(str(folder)), **settings)
         student.heads.load_state_dict(load_file(Path(folder, "heads.safetensors")))
     except (SafetensorError, OSError, ValueError, TypeError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} is damaged or not a run's last/ or best/ folder: {why}") from None
+        raise UserError(f"{folder} is damaged or no last/ or best/: {' '.join(str(error).split())}") from None
     return student.eval()
 
 def _tiny(texts):

@@ -40,11 +40,9 @@ class Teacher:
 
 class Painter(Teacher):
     """A procedural text-to-picture function: a text's objects, side by side, 4 x 16 x 16 = 1024 numbers.
-
     Channels: red, green, blue, coverage. Sizes on a log scale, .5 cm one pixel, 60 m the whole height. Any
     other word leaves a faint pixel of its own, so every text has a picture; beyond OBJECTS it knows NOTHING.
-    painter:RHO gives RHO picture + sqrt(1 - RHO^2) noise of the same power: the dose of the teacher.
-    """
+    painter:RHO gives RHO picture + sqrt(1 - RHO^2) noise of the same power: the dose of the teacher."""
     dim, costly = 1024, False
     colours = {"red": (.9, .1, .1), "green": (.1, .7, .2), "blue": (.1, .3, .9), "brown": (.5, .3, .1),
                "grey": (.5, .5, .5), "white": (1, 1, 1), "black": (.1, .1, .1), "yellow": (.95, .85, .1),
@@ -124,7 +122,6 @@ class Clip(Teacher):
             out[i:i + 64] = self.model(**batch).text_embeds.cpu().numpy()
         return out
 
-# Picture encoders: each makes a function picture -> vector.
 def pixels(_):
     """The colours themselves, 16 x 16 of them, -1 .. 1."""
     return lambda picture: np.array(picture.resize((16, 16))).ravel() / 127.5 - 1
@@ -147,7 +144,7 @@ def vae(name):
     return lambda picture: (model.config.scaling_factor * model.encode(
         prepare(picture, 128, 128).to(model.device)).latent_dist.mode()).flatten().cpu().numpy()
 
-ENCODERS = {"pixels": pixels, "clip": clip_pixels, "vae": vae}
+ENCODERS = {"pixels": pixels, "clip": clip_pixels, "vae": vae}  # each makes a function picture -> vector
 
 class Pictures(Teacher):
     """A teacher whose pictures a picture encoder turns into vectors; a subclass gives picture(text)."""
@@ -206,10 +203,6 @@ def _open(file):
     from PIL import Image
     return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
 
-def _get(request, read):
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return read(answer.read())
-
 def _whole(data):
     _open(data)
     return data
@@ -217,10 +210,9 @@ def _whole(data):
 class Api(Pictures):
     """An OpenAI-compatible images endpoint, api:https://HOST/v1#model=NAME&size=512x512: what follows # are
     fields of each request. The key stands in OPENAI_API_KEY, goes to that host alone, is written nowhere."""
-    cache = None  # where bought pictures are kept: another encoder sees the same ones
-
     def __init__(self, url, encoder):
         super().__init__(f"api:{url}", encoder)
+        self.cache = None  # where bought pictures are kept: another encoder sees the same ones
         address, _, fields = url.partition("#")
         self.url = address.removesuffix("/").removesuffix("/images/generations") + "/images/generations"
         self.fields, self.key = dict(urllib.parse.parse_qsl(fields)), os.environ.get("OPENAI_API_KEY")
@@ -247,14 +239,16 @@ class Api(Pictures):
         if self.key:
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")
 
-        def made(answer):  # a picture that was cut on its way raises, and is asked for again
-            found = json.loads(answer)["data"][0]
+        def made():  # a picture that was cut on its way raises, and is asked for again
+            found = json.load(urllib.request.urlopen(request, timeout=120))["data"][0]
             return found["url"] if found.get("url") else _whole(base64.b64decode(found["b64_json"]))
 
-        found = patiently(lambda: _get(request, made), what, self.key)
-        if isinstance(found, str) and not re.match("https?://", found):
+        found = patiently(made, what, self.key)
+        if isinstance(found, bytes):
+            return found
+        if not re.match("https?://", found):
             raise UserError(f"{what}: the answer's url {found[:80]!r} is not on the web")
-        return found if isinstance(found, bytes) else patiently(lambda: _get(found, _whole), what, self.key)
+        return patiently(lambda: _whole(urllib.request.urlopen(found, timeout=120).read()), what, self.key)
 
 class ImageFolder(Pictures):
     """Pictures that anyone made. FOLDER/manifest.jsonl has a line {"text": ..., "file": ...} for each, or
@@ -304,8 +298,7 @@ class VectorFolder(Teacher):
         try:
             rows = np.load(path, mmap_mode="r", allow_pickle=False)  # unpickling runs a stranger's code
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} is no readable array ({error}): vectors:FOLDER wants train.npy and "
-                            "dev.npy, from numpy.save, one row an example") from None
+            raise UserError(f"{path} is no readable array ({error}): write it with numpy.save") from None
         if rows.ndim != 2 or rows.dtype.kind != "f" or not rows.flags.c_contiguous:
             raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: expected rows of floats")
         return rows
@@ -314,15 +307,13 @@ class VectorFolder(Teacher):
         """The function rows -> their vectors, a list of (dim,)."""
         rows, wanted = self.open(split), (len(texts), self.dim)
         if rows.shape != wanted:
-            raise UserError(f"{rows.filename} has shape {rows.shape}, expected {wanted}: a row for each "
-                            "example in the file")
+            raise UserError(f"{rows.filename} has shape {rows.shape}, expected {wanted}: one row an example")
         for i in range(0, len(rows), 4096):
             _finite(self, rows[i:i + 4096], texts[i:i + 4096])
         file, start, dtype = open(rows.filename, "rb"), rows.offset, rows.dtype
         size = self.dim * dtype.itemsize
         # Read, not mapped: the pages of a map count as this process's memory, after an epoch all of them.
-        return lambda chosen: [np.frombuffer(os.pread(file.fileno(), size, start + i * size), dtype)
-                               for i in chosen]
+        return lambda at: [np.frombuffer(os.pread(file.fileno(), size, start + i * size), dtype) for i in at]
 
 TEACHERS = {"painter": Painter, "clip": Clip, "stable-diffusion": StableDiffusion, "api": Api,
             "images": ImageFolder, "vectors": VectorFolder}
@@ -360,10 +351,8 @@ class Cache:
         """64 bits: among a million entries two share one with a chance under one in ten million."""
         return int.from_bytes(hashlib.sha256(f"{name}\0{item}".encode()).digest()[:8], "little", signed=True)
 
-    def missing(self, keys):
-        """The rows of `keys` (N,) that have no entry, without looking into the entries that are there."""
-        there = np.fromiter((key for key, in self.db.execute("SELECT key FROM made")), np.int64)
-        return np.flatnonzero(~np.isin(keys, there)).tolist()
+    def keys(self):
+        return np.fromiter((key for key, in self.db.execute("SELECT key FROM made")), np.int64)
 
     def get(self, key):
         """The bytes, or None where there are none. Damaged ones are thrown away, to be made again."""
@@ -378,7 +367,6 @@ class Cache:
         return lambda rows: [np.frombuffer(self.get(keys[i]) or nothing, np.float32) for i in rows]
 
     def put(self, entries):
-        """entries: {key: bytes}."""
         self.db.execute("BEGIN IMMEDIATE")
         self.db.executemany("INSERT OR REPLACE INTO made VALUES (?, ?, ?)",
                             [(int(key), zlib.crc32(value), value) for key, value in entries.items()])
@@ -395,10 +383,10 @@ def _finite(teacher, vectors, names):
 def fill(teacher, items, keys, cache, most=None):
     """Ask a costly teacher for what the cache lacks, each item once, `most` at most; returns how many."""
     with FileLock(f"{cache.path}.{Cache.key(teacher.name, '')}.lock"):  # a second process finds them made
-        teacher.cache, missing = cache, list({keys[i]: i for i in cache.missing(keys)}.values())
-        todo, step = missing[:most], teacher.at_once
-        lengths = [len(teacher.tokenizer(items[i], verbose=False)["input_ids"]) for i in todo if teacher.tokenizer]
-        if cut := sum(length > teacher.max_tokens for length in lengths):
+        missing = list({keys[i]: i for i in np.flatnonzero(~np.isin(keys, cache.keys()))}.values())
+        todo, step, teacher.cache = missing[:most], teacher.at_once, cache
+        texts = [items[i] for i in todo if teacher.tokenizer]
+        if cut := sum(len(teacher.tokenizer(text)["input_ids"]) > teacher.max_tokens for text in texts):
             print(f"{teacher.name}: {cut} of {len(todo)} texts are too long for it and cut", file=sys.stderr)
         for start in tqdm(range(0, len(todo), step), desc=teacher.name, unit_scale=step, disable=None):
             rows = todo[start:start + step]
@@ -452,9 +440,8 @@ def main(argv=None):
     try:
         if args.verify:
             cache = Cache(args.cache_dir)
-            keys = [key for key, in cache.db.execute("SELECT key FROM made")]
-            whole = sum(cache.get(key) is not None for key in keys)
-            print(f"{cache.path}: {whole} entries are whole; thrown away as damaged: {len(keys) - whole}")
+            damaged = sum(cache.get(key) is None for key in cache.keys())
+            print(f"{cache.path}: {len(cache.keys())} entries are whole; thrown away as damaged: {damaged}")
         if args.task:
             task, examples = find_task(args.task), load_task(args.task, args.data_dir, args.cache_dir)
             teacher, began = build_teacher(args.teacher, args.picture_encoder), time.perf_counter()

@@ -4,9 +4,9 @@
     python train.py --task rte --student opt-1.3b    # a GLUE/SuperGLUE task, a pretrained student (on CUDA)
     python train.py --resume runs/rte                # go on where a run was stopped or killed
 
-Each epoch trains the TS Aligner over the data once, then the student once, pulled towards the aligner as it
-stands. A run is a grid of cells OUT/ARM/SEED/; in a seed all arms share initial weights, data order and
-dropout, so that their differences are paired. The method is ARMS, update() and run(); the rest can wait.
+Each epoch trains the TS Aligner once over the data, then the student, pulled towards the aligner. A run is a
+grid of cells OUT/ARM/SEED/; a seed's arms share initial weights, data order and dropout, so that differences
+are paired. The method is ARMS, update() and run(); the rest can wait.
 """
 import argparse
 import hashlib
@@ -148,8 +148,7 @@ def resume_config(folder, typed):
     try:
         saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
     except (OSError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"--resume {folder}: no run there, or not one of this version ({error}); "
-                        f"start one with --out {folder}") from None
+        raise UserError(f"--resume {folder}: no run there, or not one of this version ({error})") from None
     differ = [f"--{name.replace('_', '-')} is {getattr(saved, name)}, not {getattr(wanted, name)}" for name in
               typed if name not in ("resume", "out", *now) and getattr(saved, name) != getattr(wanted, name)]
     if differ:
@@ -223,10 +222,6 @@ def precision(config):
     why = f"{device}, amp {amp} ({why})"
     return device, lambda: torch.autocast(device.type, dtype, enabled=amp != "off"), scalers, why
 
-def to_device(tensor, device):
-    """On CUDA from pinned memory and without waiting, so that the copy overlaps the step before."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
 @contextmanager
 def replacing(path):
     """Yields a path beside, to write a file or a folder at; when that is whole it takes PATH's place."""
@@ -287,7 +282,7 @@ class Data:
             teacher = build_teacher(spec, config.picture_encoder)
             self.dim = self.dim or teacher.dim
             if self.dim > teacher.dim:
-                raise UserError(f"--proj-dim {self.dim} is more than the {teacher.dim} of {spec}: lower it")
+                raise UserError(f"--proj-dim {self.dim} is over {spec}'s {teacher.dim}: give that or less")
             if spec in wanted:
                 self.vectors[spec], _ = open_vectors(teacher, self.task, self.splits, config.cache_dir,
                                                      config.limit, config.max_pictures)
@@ -427,8 +422,8 @@ def update(cell, epoch, role, step, rows):
     for micro in range(0, len(rows), config.micro_batch):
         part = rows[micro:micro + config.micro_batch]
         torch.manual_seed(seed_of(cell.seed, role, epoch, step, micro))
-        y = to_device(data.labels[part], device)                       # (B,)
-        e = to_device(cell.lookup(part), device) if aligner else None  # (B, d_e)
+        y = data.labels[part].to(device)                       # (B,)
+        e = cell.lookup(part).to(device) if aligner else None  # (B, d_e)
         if role == "aligner":
             loss, parts = aligner_loss(model(e), y, config.gamma), {}
         else:
@@ -436,7 +431,7 @@ def update(cell, epoch, role, step, rows):
             with torch.no_grad():  # the aligner is frozen here: eval mode, no graph, float32
                 target = aligner.eval()(e) if aligner else None
             with cell.autocast():
-                out = model(**{key: to_device(value, device) for key, value in x.items()})
+                out = model(**{key: value.to(device) for key, value in x.items()})
             loss, parts = student_loss(
                 out, target, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma, kind=config.loss,
                 temperature=config.temperature, output_factor=config.output_factor)
@@ -496,16 +491,15 @@ def run(cell):
 
 def finish(cell):
     """Finish the cell: score the last epoch's student on all splits, write predictions_* and metrics.json."""
-    config, data = cell.config, cell.data
+    config, data, gpu = cell.config, cell.data, cell.device.type == "cuda"
     norms = [(line["grad_norm"], line["steps"]) for line in cell.lines if line.get("role") == "student"]
-    peak = torch.cuda.max_memory_allocated(cell.device) if cell.device.type == "cuda" else 0
     metrics = {
         "task": data.task.name, "student": config.student, "teacher": config.teacher, "arm": config.arms[0],
         "seed": cell.seed, "control": not is_distilled(config) or config.pairing != "own",
         "best": cell.best, "aligner": cell.lines[-1]["aligner"], "spaces": cell.lines[-1]["spaces"],
         "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
         "parameters": sum(p.numel() for p in cell.student.parameters()), "seconds": round(cell.seconds, 1),
-        "peak_memory_mib": peak >> 20}
+        "peak_memory_mib": torch.cuda.max_memory_allocated(cell.device) >> 20 if gpu else 0}
     for split in [split for split in data.splits if split != "train"]:
         metrics[split], answers, _ = cell.evaluate(split)
         evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
@@ -513,8 +507,7 @@ def finish(cell):
     for name in ("optimizers.safetensors", "training.json"):
         (cell.folder / "last" / name).unlink()  # twice the student's size, and never needed again
     metric, score = next(iter(metrics["dev"].items()))  # the headline
-    print(f"seed {cell.seed} {config.arms[0]}: dev {metric} {100 * score:.1f} ({metrics['seconds']} s)",
-          flush=True)
+    print(f"seed {cell.seed} {config.arms[0]}: dev {metric} {score:.1%} ({cell.seconds:.1f} s)", flush=True)
 
 # ---- the grid and the command line -------------------------------------------------------------------------
 def train(config):

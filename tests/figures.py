@@ -1,13 +1,14 @@
-"""Figures of a run: learning curves, the arms with their intervals, the dose-response curve.
+"""What eval.py shows on request: figures of a run, and two students example by example.
 
-    python eval.py runs/rte --plot                # calls plot(); needs matplotlib
+    python eval.py runs/rte --plot                            # calls plot(); needs matplotlib
+    python eval.py runs/rte/armada/0 runs/rte/undistilled/0   # calls agreement()
 """
 import json
 
 import numpy as np
 
-from data import UserError
-from eval import bootstrap_interval, by_run
+from data import UserError, find_task
+from eval import bootstrap_interval, by_run, mcnemar
 
 def plot(cells):
     """Writes learning_curves.png, arms.png and, given two doses, dose_response.png into each run's folder."""
@@ -52,3 +53,13 @@ def plot(cells):
             ax.set(xlabel=labels[name], ylabel=f"{task.name}, dev {metric} (%)")
             ax.figure.savefig(run / f"{name}.png", dpi=150)
             print(f"wrote {run / name}.png")
+
+def agreement(cells, right):
+    """The text on two cells {folder: metrics}, given for each: is a dev example answered right?"""
+    task, other = (metrics["task"] for metrics in cells.values())
+    a, b = ("/".join(folder.parts[-3:]) for folder in cells)
+    if task != other or not find_task(task).labels:
+        raise UserError(f"{a} and {b}: example by example, give two cells of one classification task")
+    (both, only_a, only_b, neither), p = mcnemar(*right)
+    return (f"{task}, {len(right[0])} dev examples: both right {both}, only {a} {only_a}, "
+            f"only {b} {only_b}, both wrong {neither}; McNemar's exact p {p:.2g}")

@@ -73,7 +73,7 @@ def refused(folder, monkeypatch, capsys):
     ("--batch-size 8 --micro-batch 16", "--micro-batch 16 must divide --batch-size 8: try 8"),
     ("--limit 1", "--limit 1 must be a number at least 2"),
     ("--max-length 3", "--max-length 3 must be a number at least 4"),
-    ("--proj-dim 2000", "--proj-dim 2000 is more than the 1024 of painter: give --proj-dim 1024 or less"),
+    ("--proj-dim 2000", "--proj-dim 2000 is over painter's 1024: give that or less"),
     ("--seeds 0,x", "give whole numbers: 0,1,2"),
     ("--seeds 0,0", "name each once"),
     ("--seeds -1", "seeds from 0"),
@@ -82,7 +82,7 @@ def refused(folder, monkeypatch, capsys):
     ("--task rte --student tiny --teacher vectors:/nowhere", "/nowhere/train.npy is no readable array"),
     ("--task rte --student tiny --teacher images:/nowhere", "/nowhere/manifest.jsonl"),
     ("--task rte --student tiny --teacher clip:/nowhere/x", "no folder here"),
-    ("--task rte --student /nowhere/model", "'/nowhere/model' is no folder here"),
+    ("--task rte --student /nowhere/model", "could not fetch /nowhere/model: no folder here"),
     ("--task rte --student tiny --data-dir /nowhere", "/nowhere/RTE/train.tsv is missing: give --data-dir"),
     ("--resume /nowhere", "--resume /nowhere: no run there"),
     ("--resume {folder}/data", "no run there"),
@@ -118,7 +118,7 @@ def test_a_damaged_data_file_is_named_with_its_line(refused, folder, task, file,
     assert says in refused(f"--task {task} --student tiny --teacher painter")
 
 @pytest.mark.parametrize("split, array, says", [
-    ("train", np.zeros((11, 8)), "train.npy has shape (11, 8), expected (12, 8): a row for each example"),
+    ("train", np.zeros((11, 8)), "train.npy has shape (11, 8), expected (12, 8): one row an example"),
     ("dev", np.zeros((6, 9)), "dev.npy has shape (6, 9), expected (6, 8)"),
     ("dev", np.zeros((6, 8), int), "dev.npy holds int64 of shape (6, 8): expected rows of floats"),
     ("train", np.full((12, 8), np.nan), "no finite vector"),
@@ -135,6 +135,7 @@ def test_half_of_a_vectors_file_is_refused(refused, folder):
 
 def test_what_only_the_loaded_student_can_tell_is_one_line_too(folder, model_folder, capsys):
     for flags, says in ((["--student", model_folder("opt"), "--max-length", "90"], "reads at most 80 tokens"),
+                        (["--student", "tiny", "--max-length", "600"], "tiny reads at most 512 tokens"),
                         (["--student", "tiny", "--max-length", "9"], "--max-length 9 is too small for")):
         with pytest.raises(SystemExit) as stop:
             main(["--task", "copa", "--teacher", "painter", *flags, "--data-dir", str(folder / "data"),

@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_one_line(student, tmp_path):
 def test_a_folder_without_a_model_and_a_folder_without_a_student_are_named(tmp_path):
     with pytest.raises(UserError, match="holds no config.json"):
         build_student(str(tmp_path), 2, 8)
-    with pytest.raises(UserError, match="not a run's last/ or best/ folder: .*student.json"):
+    with pytest.raises(UserError, match="no last/ or best/: .*student.json"):
         load_student(tmp_path)
 
 @pytest.mark.parametrize("status, code, says", [

@@ -474,31 +474,6 @@ def test_help_and_errors_of_flags_come_before_torch_is_imported(tmp_path):
         answer = call(*args)
         assert answer.returncode == 2 and says in answer.stderr and answer.stderr.count("\n") == 1
 
-@pytest.mark.parametrize("flags, says", [
-    ("--beta nan", "--beta nan must be a number at least 0"), ("--alpha 1.5", "at least 0 and at most 1"),
-    ("--temperature 0", "above 0"), ("--lr 0", "--lr 0.0 must be a number above 0"),
-    ("--epochs 0", "--epochs 0 must be"), ("--epochs two", "invalid int value"),
-    ("--arms armda", "did you mean armada?"), ("--arms armada,armada", "name each once"),
-    ("--seeds 0,x", "give whole numbers: 0,1,2"), ("--seeds -1", "seeds from 0"),
-    ("--loss cosin", "did you mean cosine?"), ("--teacher paintr", "did you mean painter?"),
-    ("--device gpu", "choose auto, cpu"), ("--device cuda:77", "torch sees"),
-    ("--teacher painter:7", "dose RHO from 0"), ("--amp fp32", "known: auto, off, bf16, fp16"),
-    ("--student /nowhere/model", "no folder here"),
-    ("--task rte --student tiny --data-dir /nowhere", "RTE/train.tsv is missing"),
-    ("--max-length 600 --epochs 1", "tiny reads at most 512 tokens"),
-    ("--task copa --student tiny --teacher painter --max-length 9", "is too small for"),
-    ("--proj-dim 2000", "--proj-dim 2000 is more than the 1024 of painter"),
-    ("--resume /nowhere", "no run there"),
-    ("--task rte --student opt --max-length 90", "reads at most 80 tokens"),
-    ("--task rte --teacher vectors:/nowhere --student tiny", "/nowhere/train.npy is no readable array")])
-def test_bad_input_gets_one_line_and_exit_status_2(flags, says, tmp_path, official, model_folder, capsys):
-    flags = flags.replace("--student opt", f"--student {model_folder('opt')} --teacher painter").split() + (
-        [] if "--resume" in flags else ["--out", str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as stop:
-        main(flags if "--data-dir" in flags else [*flags, "--data-dir", official])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and says in error and error.count("\n") == 1
-
 @pytest.mark.parametrize("content", ["{", '{"tasks": "rte"}'])
 def test_a_config_that_cannot_be_read_is_one_line(content, tmp_path, capsys):
     (tmp_path / "config.json").write_text(content)
