@@ -33,7 +33,6 @@ class Teacher:
     costly = True     # asked once a text, by way of the cache; else it has reader(split, texts), as below
     at_once = 256     # texts between two writes to the cache: what a kill can lose
     tokenizer = None  # of a teacher that reads max_tokens of a text and no more
-
     def items(self, split, texts):
         """What encode() is given for each text, and the cache's key holds."""
         return texts
@@ -47,7 +46,6 @@ class Painter(Teacher):
     colours = {"red": (.9, .1, .1), "green": (.1, .7, .2), "blue": (.1, .3, .9), "brown": (.5, .3, .1),
                "grey": (.5, .5, .5), "white": (1, 1, 1), "black": (.1, .1, .1), "yellow": (.95, .85, .1),
                "orange": (.95, .5, .1), "pink": (1, .6, .7)}
-
     def __init__(self, rho):
         if not re.fullmatch(r"|0|1|1\.0*|0?\.\d+", rho):
             raise UserError(f"painter:{rho}: write painter:RHO with a dose RHO from 0 (noise) to 1 (picture)")
@@ -129,8 +127,9 @@ def pixels(_):
 def clip_pixels(name):
     """The picture side of CLIP's image-text space, 768 numbers: what is to be seen, hardly where."""
     from transformers import CLIPImageProcessorPil
+    from student import check_available
     model, _ = _frozen(name, "CLIPVisionModelWithProjection")
-    prepare = CLIPImageProcessorPil.from_pretrained(model.name_or_path)
+    prepare = CLIPImageProcessorPil.from_pretrained(**check_available(model.name_or_path))
     return lambda picture: model(
         **prepare(picture, return_tensors="pt").to(model.device)).image_embeds[0].cpu().numpy()
 
@@ -149,10 +148,9 @@ ENCODERS = {"pixels": pixels, "clip": clip_pixels, "vae": vae}  # each makes a f
 class Pictures(Teacher):
     """A teacher whose pictures a picture encoder turns into vectors; a subclass gives picture(text)."""
     at_once = 1  # a picture takes seconds and may cost money: a kill loses the one in work
-
     def __init__(self, name, encoder):
         from PIL import Image
-        make, model = split_spec(encoder or "pixels", ENCODERS, "picture encoder")
+        make, model = split_spec(encoder or "pixels", ENCODERS)
         self.see, self.name = make(model), f"{name} {encoder or ''}"
         self.dim = len(self.see(Image.new("RGB", (64, 64))))
 
@@ -163,8 +161,8 @@ class StableDiffusion(Pictures):
     """The paper's teacher: a 512 x 512 picture of the text, then image-to-image at 128 x 128 to a 4 x 16 x 16
     latent; with a picture encoder, the first picture as that sees it. Each text is drawn alone from a seed of
     its own, so that neither batch size nor order changes a vector."""
-    recipe = {"num_inference_steps": 20, "guidance_scale": 7.5}
-
+    recipe = [{"num_inference_steps": 20, "guidance_scale": 7.5}, {
+        "num_inference_steps": 20, "guidance_scale": 7.5, "strength": 0.75, "output_type": "latent"}]
     def __init__(self, model, encoder):
         import torch
         from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
@@ -186,16 +184,16 @@ class StableDiffusion(Pictures):
     def draw(self, stage, text, **more):
         import torch
         seed = torch.Generator().manual_seed(int(_generator("stable-diffusion", text).integers(2**63)))
-        return self.pipes[stage](text, generator=seed, **self.recipe, **more).images
+        return self.pipes[stage](text, generator=seed, **self.recipe[stage], **more).images[0]
 
     def picture(self, text):
-        return self.draw(0, text)[0]
+        return self.draw(0, text)
 
     def encode(self, texts):
         if self.see:
             return super().encode(texts)
-        return np.stack([self.draw(1, text, image=self.picture(text).resize((128, 128)), strength=0.75,
-                                   output_type="latent").float().cpu().numpy().ravel() for text in texts])
+        latents = [self.draw(1, text, image=self.picture(text).resize((128, 128))) for text in texts]
+        return np.stack([latent.float().cpu().numpy().ravel() for latent in latents])
 
 # ---- pictures that others make -----------------------------------------------------------------------------
 def _open(file):
@@ -211,16 +209,17 @@ class Api(Pictures):
     """An OpenAI-compatible images endpoint, api:https://HOST/v1#model=NAME&size=512x512: what follows # are
     fields of each request. The key stands in OPENAI_API_KEY, goes to that host alone, is written nowhere."""
     def __init__(self, url, encoder):
-        super().__init__(f"api:{url}", encoder)
         self.cache = None  # where bought pictures are kept: another encoder sees the same ones
         address, _, fields = url.partition("#")
         self.url = address.removesuffix("/").removesuffix("/images/generations") + "/images/generations"
-        self.fields, self.key = dict(urllib.parse.parse_qsl(fields)), os.environ.get("OPENAI_API_KEY")
+        self.fields = dict(urllib.parse.parse_qsl(fields))
+        self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split())  # a broken header is shown in errors
         if not re.match(r"https?://[^/@]+(/|$)", self.url) or re.search("(key|token)=", url):
             raise UserError("write api:https://HOST/v1#model=NAME&size=512x512; a key belongs into "
                             "OPENAI_API_KEY, since the URL is stored with the run")
         if self.key and not re.match(r"https:|http://(localhost|127\.0\.0\.1)[:/]", self.url):
             raise UserError(f"http shows OPENAI_API_KEY to everyone on the way to {self.url}: use https")
+        super().__init__(f"api:{url}", encoder)
 
     def picture(self, text):
         key = Cache.key(f"{self.url} {self.fields}", text)
@@ -254,7 +253,6 @@ class ImageFolder(Pictures):
     """Pictures that anyone made. FOLDER/manifest.jsonl has a line {"text": ..., "file": ...} for each, or
     {"split": "train", "index": 0, "file": ...} for row 0 of train."""
     def __init__(self, folder, encoder):
-        super().__init__(f"images:{folder}", encoder)
         self.manifest, self.files, number = Path(folder) / "manifest.jsonl", {}, 1
         try:
             for number, line in enumerate(self.manifest.read_text(encoding="utf-8").splitlines(), 1):
@@ -262,10 +260,11 @@ class ImageFolder(Pictures):
                 file = (Path(folder) / row["file"]).resolve()
                 if not file.is_relative_to(Path(folder).resolve()) or not file.is_file():
                     raise ValueError(f"{row['file']} is no file inside the folder")
-                self.files[row["text"] if "text" in row else (row["split"], row["index"])] = file
+                self.files[row["text"] if "text" in row else (row["split"], int(row["index"]))] = file
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise UserError(f'{self.manifest}:{number}: {error!r}: give each picture a line {{"text": ..., '
                             '"file": ...} or {"split": "train", "index": 0, "file": ...}') from None
+        super().__init__(f"images:{folder}", encoder)
 
     def items(self, split, texts):
         """The file of each text and its state: one that was replaced since is another picture."""
@@ -285,7 +284,6 @@ class ImageFolder(Pictures):
 class VectorFolder(Teacher):
     """Ready-made vectors: FOLDER/train.npy, dev.npy, row i for example i of the official file."""
     costly = False
-
     def __init__(self, folder):
         self.folder, self.name = Path(folder), "vectors:" + folder
         self.dim = self.open("train").shape[1]
@@ -327,6 +325,7 @@ def build_teacher(spec, picture_encoder=None):
     """A teacher from "NAME[:ARGUMENT]" of TEACHERS; UserError says what is wrong. picture_encoder, one of
     ENCODERS likewise, is for those that draw: pixels by default, but stable-diffusion's own latent."""
     kind, argument = split_spec(spec)
+    split_spec(picture_encoder or "pixels", ENCODERS, "--picture-encoder")  # before anything is loaded
     try:
         return kind(argument, picture_encoder) if issubclass(kind, Pictures) else kind(argument)
     except ImportError as error:
@@ -377,7 +376,7 @@ def _finite(teacher, vectors, names):
     # DEVIATION: in the authors' code a missing vector becomes zeros, a picture that nobody made.
     for vector, name in zip(vectors, names):
         if not np.isfinite(vector).all():
-            raise UserError(f"{teacher.name} has no finite vector for {name[:80]!r}: start again to mend it")
+            raise UserError(f"{teacher.name} has no finite vector for {name[:80]!r}: mend it, or start again")
     return np.array(vectors, np.float32)
 
 def fill(teacher, items, keys, cache, most=None):

@@ -361,6 +361,13 @@ def test_another_encoder_looks_at_the_pictures_that_were_bought(api, clip_folder
     _, made = opened(build_teacher(spec, f"clip:{clip_folder}"), tmp_path, ["a", "b"], ["c"])
     assert made == 3 and set(api.asked.values()) == {1}
 
+def test_a_key_with_a_line_break_is_sent_without_and_never_shown(api, monkeypatch, tmp_path):
+    """urllib refuses such a header and shows it in its error."""
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    spec = api(lambda request, text: respond(request, in_base64(text)))
+    assert opened(build_teacher(spec), tmp_path, ["a"], ["b"])[1] == 2
+
 @pytest.mark.parametrize("status, says", [(401, "401"), (400, "400"), (404, "404")])
 def test_a_refusal_stops_at_once_says_why_and_shows_no_key(api, status, says, tmp_path):
     pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
@@ -449,7 +456,7 @@ def test_a_damaged_entry_is_never_used_but_named_and_made_again_by_the_next_star
     found, _ = opened(teacher, tmp_path, ["a", "bb"])
     before = found["train"]([0, 1])
     damage(tmp_path, "bb")
-    with pytest.raises(UserError, match="no finite vector for 'train.tsv:2': start again to mend it"):
+    with pytest.raises(UserError, match="no finite vector for 'train.tsv:2': mend it, or start again"):
         found["train"]([0, 1])
     found, made = opened(teacher, tmp_path, ["a", "bb"])
     assert made == 1 and teacher.asked[3:] == ["bb"] and (found["train"]([0, 1]) == before).all()
