@@ -153,6 +153,8 @@ def test_an_output_folder_that_holds_another_run_and_a_resume_with_other_flags(r
     assert f"run holds a run already: go on with --resume {folder}/run" in refused("--task rte")
     error = refused("--resume {folder}/run --lr 1e-3 --beta 2")
     assert "--lr is 2e-05, not 0.001; --beta is 1.0, not 2.0: leave it out" in error
+    saved = training.resume_config(folder / "run", {"max_pictures": 5, "offline": True})
+    assert saved.max_pictures == 5 and saved.offline  # what a resumed run may spend and ask is said anew
     (folder / "run/config.json").write_text('{"tsk": "rte"}')
     assert "not one of this version" in refused("--resume {folder}/run")
 

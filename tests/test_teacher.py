@@ -258,6 +258,11 @@ def test_stable_diffusion_gives_a_text_one_vector_alone_in_a_batch_and_in_anothe
     assert len({row.tobytes() for row in together}) == 3
     assert teacher.max_tokens == 12
 
+def test_stable_diffusion_draws_the_noise_of_a_text_from_the_text_itself(diffusion_folder):
+    """To this tokenizer both are the same unknown word: only their seeds tell them apart."""
+    a, b = build_teacher(f"stable-diffusion:{diffusion_folder}").encode(["qqq", "www"])
+    assert (a != b).any()
+
 def test_stable_diffusion_follows_the_papers_recipe(diffusion_folder):
     """Text to image, 20 steps, guidance 7.5; then image to image at 128 x 128, strength .75, to a latent."""
     teacher, asked = build_teacher(f"stable-diffusion:{diffusion_folder}"), []
@@ -290,8 +295,8 @@ def drawn(text):
     coloured(len(text)).save(file, "png")
     return file.getvalue()
 
-def in_base64(text):
-    return json.dumps({"data": [{"b64_json": base64.b64encode(drawn(text)).decode()}]}).encode()
+def in_base64(text, picture=None):
+    return json.dumps({"data": [{"b64_json": base64.b64encode(picture or drawn(text)).decode()}]}).encode()
 
 @pytest.fixture
 def api(loopback, monkeypatch):
@@ -332,13 +337,15 @@ def test_two_hundred_texts_of_which_some_fail_at_first_are_each_bought_once(api,
 
     def answer(request, text):
         mode = rng.integers(60)
-        failed[text] += mode < 3
+        failed[text] += mode < 4
         if mode == 0:
             respond(request, b"slow down", 429, Retry_After="3")
         elif mode == 1:
             respond(request, b"oops", 500)
         elif mode == 2:
             respond(request, in_base64(text)[:90], length=len(in_base64(text)))
+        elif mode == 3:  # the answer is whole, the picture in it is not
+            respond(request, in_base64(text, drawn(text)[:60]))
         else:
             respond(request, in_base64(text))
 
@@ -405,6 +412,14 @@ def test_an_address_that_would_give_the_key_away_is_refused(spec, says, monkeypa
     with pytest.raises(UserError, match=says) as error:
         build_teacher(spec)
     assert "password" not in str(error.value)
+
+def test_the_key_does_not_follow_a_redirect_to_another_host(api, loopback):
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    seen = []
+    other = loopback(lambda request, body: (seen.append(request.headers.get("Authorization")),
+                                            respond(request, in_base64("a"))))
+    spec = api(lambda request, text: respond(request, b"", 302, Location=f"{other}/moved"))
+    assert build_teacher(spec).encode(["a"]).shape == (1, 768) and seen == [None]
 
 def test_an_answer_that_points_to_a_file_of_ours_is_refused(api, tmp_path):
     pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
