@@ -6,8 +6,7 @@ Shapes: B batch, d_e teacher (1024 = a 4x16x16 Stable Diffusion latent), d_h hid
     p_t = P_t e,   P_t P_t^T = I              (B, d)    orthogonal projection into the shared space
     a_t = C'_t drop(p_t)                      (B, C)    auxiliary logits
 
-    aligner = TSAligner(latent_dim=1024, num_labels=2)
-    aligner_loss(aligner(e), y, gamma=1.0).backward()  # then optimizer.step(), and no method to call after it
+    aligner_loss(TSAligner(latent_dim=1024, num_labels=2)(e), y, gamma=1.0).backward()
 """
 from typing import NamedTuple
 

@@ -6,6 +6,7 @@ teacher, the label neither. Only the standard library is imported here: `--help`
     TASKS["rte"].prompt(splits["train"][0])       # one text: what the teacher and a decoder read
 """
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -32,8 +33,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
 class Example(NamedTuple):
-    """One row of a task."""
-    fields: dict               # its texts, as they stand in the file
+    fields: dict               # the texts of one row, as they stand in the file
     label: int | float | None  # class id, score, or None (official test rows)
     idx: int                   # what a submission file calls it
     where: str                 # "file:line", for messages
@@ -234,21 +234,23 @@ def _mark_spans(row, where):
 def patiently(ask, what, secret=None, pauses=(1, 2, 4, 8, 16)):
     """ask(), and again after growing pauses (or as Retry-After says) where that may help: 429, 5xx, a line
     that breaks or stalls, an answer that is cut. Else a UserError, in which `secret` is blotted out."""
-    if os.environ.get("HF_HUB_OFFLINE"):
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise UserError(f"--offline, but there is no copy here of {what}")
     for pause in (*pauses, None):
         try:
             return ask()
         except urllib.error.HTTPError as error:
-            why = f"{error.code} {error.reason} {error.read(200).decode(errors='replace')}"
+            why = f"{error.code} {error.reason} "
+            with contextlib.suppress(Exception):  # its text may be cut or stall as well
+                why += error.read(9999).decode(errors="replace")
             wait = int(said) if (said := error.headers.get("Retry-After", "")).isdigit() else 0
             if error.code < 500 and error.code != 429 or wait > 600:
                 break
         except Exception as error:  # no or half an answer, or not what was asked for
-            why, wait = getattr(error, "reason", None) or f"{type(error).__name__} {error}", 0
+            why, wait = f"{type(error).__name__} {getattr(error, 'reason', error)}", 0
         if pause is not None:
             time.sleep(max(pause, wait))
-    raise UserError(f"could not fetch {what}: {' '.join(str(why).split())}".replace(secret or "\0", "***"))
+    raise UserError(f"could not fetch {what}: {' '.join(why.split())}".replace(secret or "\0", "***")[:900])
 
 def _transfer(url, part):
     """The file at url into part, where a broken transfer is taken up again."""

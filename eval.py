@@ -2,7 +2,6 @@
 
     compute_metrics("mrpc", predictions, labels)  # {"accuracy": ..., "f1": ...}, fractions of 1
     python eval.py runs/rte [--plot]              # the table, each arm against its controls, a verdict
-    python eval.py runs/rte --rescore             # score every saved student again, write predictions_*
     python eval.py runs/rte/armada/0 runs/rte/undistilled/0   # two students, example by example (McNemar)
 """
 import json
@@ -132,7 +131,6 @@ def compare(scores, controls, level=0.05):
                           note=note if verdict == "NO DIFFERENCE" and n < need else "")
     return found
 
-# ---- runs --------------------------------------------------------------------------------------------------
 def find_cells(runs):
     """{ARM/SEED folder: its metrics.json, or {} where the saved student is not finished} at or below runs."""
     cells = {}

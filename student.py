@@ -6,7 +6,6 @@ Shapes: B batch, L tokens, d_s width of the language model, C labels, d shared p
     p_s = P_s h_s             (B, d)    linear, no bias; orthogonal on request
     a_s = C'_s drop(p_s)      (B, C)    auxiliary logits
 
-    student = build_student("bert-base", num_labels=2, proj_dim=1024)   # short name, hub id, folder or "tiny"
     load_student("runs/rte/armada/0/last").predict([("A man sleeps.", "A man is awake.")])
 """
 import difflib
@@ -158,7 +157,7 @@ def _tiny(texts):
 def check_available(name, file="config.json"):
     """from_pretrained arguments for a short name, hub id or folder; UserError in seconds, before any weight.
     Left alone, transformers retries an unreachable hub for half a minute; we ask once, for the config."""
-    repo = str(name) if Path(name).is_dir() else SHORT_NAMES.get(name, name)
+    repo = str(Path(name).resolve()) if Path(name).is_dir() else SHORT_NAMES.get(name, name)
     how = {"pretrained_model_name_or_path": repo}
     if Path(repo, file).is_file():
         return how
@@ -194,7 +193,9 @@ def load_pretrained(name, model_class=transformers.AutoModel):
     # Without its files transformers invents an empty tokenizer, to which every text is the same.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(f"{name} has no tokenizer files: copy tokenizer.json (or the vocabulary) into it")
-    if info["missing_keys"]:
-        print(f"note: {name} lacks {', '.join(sorted(info['missing_keys'])[:3])}, which start at random")
+    if lacks := ", ".join(sorted(info["missing_keys"])[:3]):
+        if model_class is not transformers.AutoModel:  # a teacher, which nobody trains
+            raise UserError(f"{name} is no {model_class.__name__}: it lacks {lacks}")
+        print(f"note: {name} lacks {lacks}, which start at random")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token  # LLaMA has none
     return model, tokenizer

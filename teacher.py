@@ -30,7 +30,7 @@ from data import CACHE, OBJECTS, Parser, UserError, find_task, known, load_task,
 
 class Teacher:
     """The interface: name (with all that changes a vector: it is the cache's key), dim, encode(texts)."""
-    costly = True     # asked once a text, by way of the cache; else it has reader(split, texts), as below
+    costly = True     # asked once a text, by way of the cache; else it has reader(split, texts) of its own
     at_once = 256     # texts between two writes to the cache: what a kill can lose
     tokenizer = None  # of a teacher that reads max_tokens of a text and no more
     def items(self, split, texts):
@@ -51,7 +51,7 @@ class Painter(Teacher):
             raise UserError(f"painter:{rho}: write painter:RHO with a dose RHO from 0 (noise) to 1 (picture)")
         self.rho = float(rho or 1)
         self.name = f"painter:{self.rho:g}"
-        self.paint = functools.lru_cache(10_000)(self.paint)  # 80 MB at most: a small task is painted once
+        self.paint = functools.lru_cache(10_000)(self.paint)  # 80 MB at most; each painter has its own
 
     def encode(self, texts):
         return np.array([self.paint(text).ravel() for text in texts], np.float32).reshape(-1, self.dim)
@@ -127,9 +127,8 @@ def pixels(_):
 def clip_pixels(name):
     """The picture side of CLIP's image-text space, 768 numbers: what is to be seen, hardly where."""
     from transformers import CLIPImageProcessorPil
-    from student import check_available
     model, _ = _frozen(name, "CLIPVisionModelWithProjection")
-    prepare = CLIPImageProcessorPil.from_pretrained(**check_available(model.name_or_path))
+    prepare = CLIPImageProcessorPil.from_pretrained(model.name_or_path)
     return lambda picture: model(
         **prepare(picture, return_tensors="pt").to(model.device)).image_embeds[0].cpu().numpy()
 
@@ -151,16 +150,16 @@ class Pictures(Teacher):
     def __init__(self, name, encoder):
         from PIL import Image
         make, model = split_spec(encoder or "pixels", ENCODERS)
-        self.see, self.name = make(model), f"{name} {encoder or ''}"
+        model = os.path.abspath(model) if os.path.isdir(model) else model
+        self.see, self.name = make(model), f"{name} {make.__name__}:{model}"
         self.dim = len(self.see(Image.new("RGB", (64, 64))))
 
     def encode(self, texts):
         return np.array([self.see(self.picture(text)) for text in texts], np.float32)
 
 class StableDiffusion(Pictures):
-    """The paper's teacher: a 512 x 512 picture of the text, then image-to-image at 128 x 128 to a 4 x 16 x 16
-    latent; with a picture encoder, the first picture as that sees it. Each text is drawn alone from a seed of
-    its own, so that neither batch size nor order changes a vector."""
+    """The paper's teacher: a 512 x 512 picture, then image-to-image at 128 x 128 to a 4 x 16 x 16 latent; for
+    a picture encoder that picture. Each text is drawn alone, from a seed of its own: no order matters."""
     recipe = [{"num_inference_steps": 20, "guidance_scale": 7.5}, {
         "num_inference_steps": 20, "guidance_scale": 7.5, "strength": 0.75, "output_type": "latent"}]
     def __init__(self, model, encoder):
@@ -179,20 +178,17 @@ class StableDiffusion(Pictures):
         self.tokenizer, self.max_tokens = draw.tokenizer, draw.tokenizer.model_max_length  # 77
         super().__init__(f"stable-diffusion:{draw.name_or_path} {self.recipe}", encoder)
         if not encoder:
-            self.see, self.dim = None, 256 * draw.vae.config.latent_channels  # 1024
+            self.see, self.dim, self.name = None, 256 * draw.vae.config.latent_channels, f"{self.name} latent"
 
-    def draw(self, stage, text, **more):
+    def picture(self, text, stage=0, **more):
         import torch
         seed = torch.Generator().manual_seed(int(_generator("stable-diffusion", text).integers(2**63)))
         return self.pipes[stage](text, generator=seed, **self.recipe[stage], **more).images[0]
 
-    def picture(self, text):
-        return self.draw(0, text)
-
     def encode(self, texts):
         if self.see:
             return super().encode(texts)
-        latents = [self.draw(1, text, image=self.picture(text).resize((128, 128))) for text in texts]
+        latents = [self.picture(text, 1, image=self.picture(text).resize((128, 128))) for text in texts]
         return np.stack([latent.float().cpu().numpy().ravel() for latent in latents])
 
 # ---- pictures that others make -----------------------------------------------------------------------------
@@ -201,28 +197,21 @@ def _open(file):
     from PIL import Image
     return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
 
-def _whole(data):
-    _open(data)
-    return data
-
 class Api(Pictures):
     """An OpenAI-compatible images endpoint, api:https://HOST/v1#model=NAME&size=512x512: what follows # are
     fields of each request. The key stands in OPENAI_API_KEY, goes to that host alone, is written nowhere."""
     def __init__(self, url, encoder):
         self.cache = None  # where bought pictures are kept: another encoder sees the same ones
-        address, _, fields = url.partition("#")
-        self.url = address.removesuffix("/").removesuffix("/images/generations") + "/images/generations"
+        base, _, fields = url.partition("#")
+        self.url = base.removesuffix("/").removesuffix("/images/generations") + "/images/generations"
         self.fields = dict(urllib.parse.parse_qsl(fields))
         self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split())  # a broken header is shown in errors
-        if not re.match(r"https?://[^/@]+(/|$)", self.url) or re.search("(key|token)=", url):
-            raise UserError("write api:https://HOST/v1#model=NAME&size=512x512; a key belongs into "
-                            "OPENAI_API_KEY, since the URL is stored with the run")
         if self.key and not re.match(r"https:|http://(localhost|127\.0\.0\.1)[:/]", self.url):
             raise UserError(f"http shows OPENAI_API_KEY to everyone on the way to {self.url}: use https")
         super().__init__(f"api:{url}", encoder)
 
     def picture(self, text):
-        key = Cache.key(f"{self.url} {self.fields}", text)
+        key = Cache.key(f"{self.url} {sorted(self.fields.items())}", text)
         found = self.cache and self.cache.get(key)
         if not found:
             found = self.ask(text)
@@ -238,24 +227,27 @@ class Api(Pictures):
         if self.key:
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")
 
-        def made():  # a picture that was cut on its way raises, and is asked for again
+        def whole(picture):  # one that was cut on its way raises, and is asked for again
+            return picture if _open(picture) else None
+
+        def made():
             found = json.load(urllib.request.urlopen(request, timeout=120))["data"][0]
-            return found["url"] if found.get("url") else _whole(base64.b64decode(found["b64_json"]))
+            return found.get("url") or whole(base64.b64decode(found["b64_json"]))
 
         found = patiently(made, what, self.key)
         if isinstance(found, bytes):
             return found
         if not re.match("https?://", found):
             raise UserError(f"{what}: the answer's url {found[:80]!r} is not on the web")
-        return patiently(lambda: _whole(urllib.request.urlopen(found, timeout=120).read()), what, self.key)
+        return patiently(lambda: whole(urllib.request.urlopen(found, timeout=120).read()), what, self.key)
 
 class ImageFolder(Pictures):
     """Pictures that anyone made. FOLDER/manifest.jsonl has a line {"text": ..., "file": ...} for each, or
     {"split": "train", "index": 0, "file": ...} for row 0 of train."""
     def __init__(self, folder, encoder):
-        self.manifest, self.files, number = Path(folder) / "manifest.jsonl", {}, 1
+        self.manifest, self.files, number = Path(folder) / "manifest.jsonl", {}, 0  # by text, or (split, row)
         try:
-            for number, line in enumerate(self.manifest.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(self.manifest.read_text("utf-8-sig").rstrip("\n").split("\n"), 1):
                 row = json.loads(line)
                 file = (Path(folder) / row["file"]).resolve()
                 if not file.is_relative_to(Path(folder).resolve()) or not file.is_file():
@@ -270,15 +262,15 @@ class ImageFolder(Pictures):
         """The file of each text and its state: one that was replaced since is another picture."""
         files = [self.files.get((split, i)) or self.files.get(text) for i, text in enumerate(texts)]
         if None in files:
-            i = files.index(None)
-            raise UserError(f"{self.manifest} has no line for row {i} of {split}, {texts[i][:80]!r}")
+            i, n = files.index(None), files.count(None)
+            raise UserError(f"{self.manifest} lacks {n} {split} texts, first row {i}, {texts[i][:80]!r}")
         return [f"{file}\0{file.stat().st_size} bytes of {file.stat().st_mtime_ns}" for file in files]
 
     def picture(self, item):
-        file = self.files.get(item) or item.partition("\0")[0]
+        file = self.files.get(item) or item.partition("\0")[0]  # a text, or what items() made of it
         try:
             return _open(file)
-        except OSError as error:
+        except Exception as error:  # pillow has many kinds
             raise UserError(f"{file} is not a whole picture ({error})") from None
 
 class VectorFolder(Teacher):
@@ -295,19 +287,19 @@ class VectorFolder(Teacher):
         path = self.folder / f"{split}.npy"
         try:
             rows = np.load(path, mmap_mode="r", allow_pickle=False)  # unpickling runs a stranger's code
-        except (OSError, ValueError) as error:
+            fits = rows.ndim == 2 and rows.dtype.kind == "f" and rows.flags.c_contiguous and rows.size
+        except (OSError, ValueError, EOFError, AttributeError) as error:
             raise UserError(f"{path} is no readable array ({error}): write it with numpy.save") from None
-        if rows.ndim != 2 or rows.dtype.kind != "f" or not rows.flags.c_contiguous:
-            raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: expected rows of floats")
+        if not fits:
+            raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}: expected floats, in C order")
         return rows
 
     def reader(self, split, texts):
-        """The function rows -> their vectors, a list of (dim,)."""
         rows, wanted = self.open(split), (len(texts), self.dim)
         if rows.shape != wanted:
             raise UserError(f"{rows.filename} has shape {rows.shape}, expected {wanted}: one row an example")
         for i in range(0, len(rows), 4096):
-            _finite(self, rows[i:i + 4096], texts[i:i + 4096])
+            _checked(self.name, self.dim, rows[i:i + 4096], texts[i:i + 4096])
         file, start, dtype = open(rows.filename, "rb"), rows.offset, rows.dtype
         size = self.dim * dtype.itemsize
         # Read, not mapped: the pages of a map count as this process's memory, after an epoch all of them.
@@ -319,6 +311,9 @@ TEACHERS = {"painter": Painter, "clip": Clip, "stable-diffusion": StableDiffusio
 def split_spec(spec, names=TEACHERS, what="teacher"):
     """"NAME[:ARGUMENT]" -> (names[NAME], ARGUMENT). Builds nothing, so that a typo costs nothing."""
     name, _, argument = spec.partition(":")
+    if name == "api" and (re.search("(?i)(key|token)=", argument)
+                          or not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?(#.*)?", argument)):
+        raise UserError("write api:https://HOST/v1#model=NAME&size=512x512; a key into OPENAI_API_KEY")
     return names[known(name, names, what)], argument
 
 def build_teacher(spec, picture_encoder=None):
@@ -326,6 +321,8 @@ def build_teacher(spec, picture_encoder=None):
     ENCODERS likewise, is for those that draw: pixels by default, but stable-diffusion's own latent."""
     kind, argument = split_spec(spec)
     split_spec(picture_encoder or "pixels", ENCODERS, "--picture-encoder")  # before anything is loaded
+    if picture_encoder and not issubclass(kind, Pictures):
+        raise UserError(f"--picture-encoder {picture_encoder}: {spec} gives no pictures; leave it out")
     try:
         return kind(argument, picture_encoder) if issubclass(kind, Pictures) else kind(argument)
     except ImportError as error:
@@ -339,11 +336,15 @@ class Cache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
         with FileLock(f"{self.path}.lock"):  # sqlite does not wait in the switch to WAL
-            try:
-                self.db.execute("PRAGMA journal_mode=WAL")
-                self.db.execute("CREATE TABLE IF NOT EXISTS made (key INTEGER PRIMARY KEY, crc, value BLOB)")
-            except sqlite3.Error as error:
-                raise UserError(f"{self.path}: {error}: delete it, and vectors are made anew") from None
+            self.sql("PRAGMA journal_mode=WAL")
+            self.sql("CREATE TABLE IF NOT EXISTS made (key INTEGER PRIMARY KEY, crc, value BLOB)")
+
+    def sql(self, command, values=()):
+        """All rows that a command gives."""
+        try:
+            return self.db.execute(command, values).fetchall()
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: {error}; if damaged, delete it: all is made anew") from None
 
     @staticmethod
     def key(name, item):
@@ -351,14 +352,14 @@ class Cache:
         return int.from_bytes(hashlib.sha256(f"{name}\0{item}".encode()).digest()[:8], "little", signed=True)
 
     def keys(self):
-        return np.fromiter((key for key, in self.db.execute("SELECT key FROM made")), np.int64)
+        return np.array(self.sql("SELECT key FROM made"), np.int64).reshape(-1)
 
     def get(self, key):
         """The bytes, or None where there are none. Damaged ones are thrown away, to be made again."""
-        found = self.db.execute("SELECT value, crc FROM made WHERE key = ?", (int(key),)).fetchone()
-        if found and zlib.crc32(found[0]) == found[1]:
-            return found[0]
-        self.db.execute("DELETE FROM made WHERE key = ?", (int(key),))
+        for value, crc in self.sql("SELECT value, crc FROM made WHERE key = ?", (int(key),)):
+            if zlib.crc32(value) == crc:
+                return value
+            self.sql("DELETE FROM made WHERE key = ?", (int(key),))
 
     def reader(self, keys):
         """rows -> their vectors, a list of (dim,); nan for one that is not there."""
@@ -366,34 +367,35 @@ class Cache:
         return lambda rows: [np.frombuffer(self.get(keys[i]) or nothing, np.float32) for i in rows]
 
     def put(self, entries):
-        self.db.execute("BEGIN IMMEDIATE")
-        self.db.executemany("INSERT OR REPLACE INTO made VALUES (?, ?, ?)",
-                            [(int(key), zlib.crc32(value), value) for key, value in entries.items()])
-        self.db.execute("COMMIT")
+        self.sql("BEGIN IMMEDIATE")
+        for key, value in entries.items():
+            self.sql("INSERT OR REPLACE INTO made VALUES (?, ?, ?)", (int(key), zlib.crc32(value), value))
+        self.sql("COMMIT")
 
-def _finite(teacher, vectors, names):
+def _checked(teacher, dim, vectors, names):
     """float32 (n, dim), when all of them are there; else a UserError that names the first one that is not."""
     # DEVIATION: in the authors' code a missing vector becomes zeros, a picture that nobody made.
     for vector, name in zip(vectors, names):
-        if not np.isfinite(vector).all():
-            raise UserError(f"{teacher.name} has no finite vector for {name[:80]!r}: mend it, or start again")
+        if np.shape(vector) != (dim,) or not float(np.abs(vector).max()) < 3e38:  # float32's range; nan too
+            raise UserError(f"{teacher} has no finite vector of {dim} for {name[:80]!r}: start once more")
     return np.array(vectors, np.float32)
 
 def fill(teacher, items, keys, cache, most=None):
     """Ask a costly teacher for what the cache lacks, each item once, `most` at most; returns how many."""
-    with FileLock(f"{cache.path}.{Cache.key(teacher.name, '')}.lock"):  # a second process finds them made
+    with FileLock(f"{cache.path}.{Cache.key(re.split('[ #]', teacher.name)[0], '')}.lock"):  # one at a time
+        for key in keys[::1 + len(keys) // 20_000]:  # of MNLI's 400,000 not all: that would take 20 s
+            cache.get(key)  # throws a damaged one away
         missing = list({keys[i]: i for i in np.flatnonzero(~np.isin(keys, cache.keys()))}.values())
         todo, step, teacher.cache = missing[:most], teacher.at_once, cache
         texts = [items[i] for i in todo if teacher.tokenizer]
         if cut := sum(len(teacher.tokenizer(text)["input_ids"]) > teacher.max_tokens for text in texts):
             print(f"{teacher.name}: {cut} of {len(todo)} texts are too long for it and cut", file=sys.stderr)
         for start in tqdm(range(0, len(todo), step), desc=teacher.name, unit_scale=step, disable=None):
-            rows = todo[start:start + step]
-            asked = [items[i] for i in rows]
-            vectors = _finite(teacher, teacher.encode(asked), asked)
+            rows, asked = todo[start:start + step], [items[i] for i in todo[start:start + step]]
+            vectors = _checked(teacher.name, teacher.dim, teacher.encode(asked), asked)
             cache.put({keys[i]: vector.tobytes() for i, vector in zip(rows, vectors)})
     if len(todo) < len(missing):
-        raise UserError(f"--max-pictures {most}: {len(missing) - most} are still to make; again goes on")
+        raise UserError(f"--max-pictures {most} are made, {len(missing) - most} to go: type the same again")
     return len(todo)
 
 def open_vectors(teacher, task, examples, cache_dir, limit=None, most=None):
@@ -408,14 +410,15 @@ def open_vectors(teacher, task, examples, cache_dir, limit=None, most=None):
         readers = {"train": cache.reader(keys[:train]), "dev": cache.reader(keys[train:])}
     else:
         readers = {split: teacher.reader(split, texts[split]) for split in texts}
+    name, dim = teacher.name, teacher.dim  # not the teacher: a model would stay on the GPU through training
 
     def read(split, rows):
-        return _finite(teacher, readers[split](rows), [examples[split][i].where for i in rows])
+        return _checked(name, dim, readers[split](rows), [examples[split][i].where for i in rows])
 
     # By the training rows' root mean square (of 6,000 at most), not centred: beta means the same everywhere.
     n = len(texts["train"][:limit])
     some = read("train", range(0, n, 1 + n // 6000))
-    rms = np.float32(np.sqrt(np.square(some, dtype=float).mean()) or 1)
+    rms = np.float32(np.sqrt(np.einsum("ij,ij->", some, some, dtype=float) / some.size) or 1)
     return {split: lambda rows, split=split: read(split, rows) / rms for split in texts}, made
 
 # ---- the command line --------------------------------------------------------------------------------------
@@ -423,7 +426,7 @@ def main(argv=None):
     parser = Parser(prog="teacher.py", allow_abbrev=False, description="Make vectors ahead; check the cache.")
     for flag, help, default in (
             ("task", "Task whose train and dev texts the teacher gets.", None),
-            ("teacher", f"One of {', '.join(TEACHERS)}, with :ARGUMENT where it takes one.", "painter"),
+            ("teacher", f"NAME[:ARGUMENT], with a NAME of {', '.join(TEACHERS)}.", "clip"),
             ("picture-encoder", "What looks at pictures: pixels, clip[:MODEL] or vae[:MODEL].", None),
             ("data-dir", "Folder with the official files, as in train.py.", None),
             ("cache-dir", "Folder for downloads and vectors.", CACHE),
@@ -432,8 +435,8 @@ def main(argv=None):
     parser.add_argument("--verify", action="store_true", help="Throw damaged entries out of the cache.")
     parser.add_argument("--offline", action="store_true", help="Use no network.")
     args = parser.parse_args(argv)
-    if not (args.task or args.verify):
-        parser.error("nothing to do: give --task or --verify")
+    if not (args.task or args.verify) or args.limit < 1 or args.max_pictures < 0:
+        parser.error("give --task or --verify, --limit at least 1, --max-pictures at least 0")
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
@@ -448,8 +451,8 @@ def main(argv=None):
             n = len(examples["train"][:args.limit]) + len(examples["dev"])
             print(f"{teacher.name}: {n} vectors of {teacher.dim} numbers, {4e-6 * n * teacher.dim:.1f} MB; "
                   f"{made} made now, in {time.perf_counter() - began:.1f} s")
-    except (UserError, OSError, ValueError, sqlite3.Error) as error:
-        parser.exit(2, f"teacher.py: error: {error}\n")
+    except (UserError, OSError, ValueError, KeyboardInterrupt) as error:
+        parser.exit(2, f"teacher.py: error: {str(error) or 'stopped; the same command goes on'}\n")
 
 if __name__ == "__main__":
     main()

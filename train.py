@@ -2,7 +2,6 @@
 
     python train.py                                  # the built-in demonstration, nothing to download
     python train.py --task rte --student opt-1.3b    # a GLUE/SuperGLUE task, a pretrained student (on CUDA)
-    python train.py --resume runs/rte                # go on where a run was stopped or killed
 
 Each epoch trains the TS Aligner once over the data, then the student, pulled towards the aligner. A run is a
 grid of cells OUT/ARM/SEED/; a seed's arms share initial weights, data order and dropout, so that differences
@@ -16,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import sqlite3
 import sys
 import time
 from contextlib import contextmanager
@@ -154,7 +152,8 @@ def resume_config(folder, typed):
     if differ:
         raise UserError(f"--resume {folder}: this run's {'; '.join(differ)}: leave it out, or start another")
     is_cell = folder.resolve().parts[-2:] == (saved.arms[0], str(saved.seeds[0]))
-    return replace(saved, **now, resume=str(folder), out=str(folder.parent.parent if is_cell else folder))
+    out = folder.resolve().parent.parent if is_cell else folder
+    return replace(saved, **now, resume=str(folder), out=str(out))
 
 def configure(argv=None):
     """Command line -> a resolved Config, or one line on stderr and exit status 2."""
@@ -378,7 +377,6 @@ class Cell:
                 "scaler": self.scalers["student"].state_dict()})
 
     def load(self, last):
-        """The reverse of save()."""
         state = json.loads((last / "training.json").read_text())
         self.scalers["student"].load_state_dict(state.pop("scaler"))  # ignored unless fp16 enables it
         vars(self).update(state)
@@ -515,7 +513,7 @@ def train(config):
     Raises UserError for whatever the caller can mend, before a model is loaded wherever that is possible."""
     config = resolve(resume_config(config.resume, {}) if config.resume and not config.out else config)
     out, fresh = Path(config.out), not Path(config.out).exists()
-    if not config.resume and any(out.glob("*/*/log.jsonl")):
+    if not config.resume and (out / "config.json").exists():
         raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give another --out")
     cells = {(seed, arm): out / arm / str(seed) for seed in config.seeds for arm in config.arms}
     todo = {key: folder for key, folder in cells.items() if not (folder / "metrics.json").exists()}
@@ -532,9 +530,9 @@ def train(config):
             cell = replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
             write_json(folder / "config.json", vars(cell))
             run(Cell(cell, data, folder))
-    except UserError:
-        if fresh and not any(out.glob("*/*/log.jsonl")):  # a mistake before the first step leaves nothing
-            shutil.rmtree(out)
+    except (UserError, OSError):
+        if fresh and {each.name for each in out.rglob("*") if each.is_file()} <= {"config.json"}:  # not begun
+            shutil.rmtree(out, ignore_errors=True)
         raise
     return {arm: {seed: json.loads((cells[seed, arm] / "metrics.json").read_text()) for seed in config.seeds}
             for arm in config.arms}
@@ -551,8 +549,8 @@ def main(argv=None):
         fail(error)
     except torch.OutOfMemoryError:
         fail("out of memory: try a smaller --micro-batch or --max-length, --grad-checkpoint on or --amp bf16")
-    except (OSError, SafetensorError, sqlite3.Error) as error:  # a full disk; a folder that cannot be written
-        fail(f"{error}; what was saved is whole: mend this and --resume {config.out}")
+    except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
+        fail(f"{error}; if {config.out} was begun, it is whole: mend this and --resume {config.out}")
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python train.py --resume {config.out}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -205,6 +205,17 @@ def test_an_overloaded_server_is_asked_again_after_growing_pauses_or_as_it_says(
     data.download(TASKS["rte"], tmp_path)
     assert mirror.waits == [1, 7]
 
+def test_a_server_that_asks_for_a_pause_of_hours_is_not_waited_for(mirror, tmp_path):
+    mirror(lambda request, body: respond(request, b"", 503, Retry_After="7200"))
+    with pytest.raises(UserError, match="503"):
+        data.download(TASKS["rte"], tmp_path)
+    assert mirror.waits == []
+
+def test_an_error_whose_text_is_cut_is_asked_again_too(mirror, packed, tmp_path):
+    answers = iter([(b"sor", 503, 300), (packed,)])
+    mirror(lambda request, body: respond(request, *next(answers)))
+    assert (data.download(TASKS["rte"], tmp_path) / "RTE").is_dir()
+
 def test_a_line_that_stalls_is_given_up_after_a_while(mirror, tmp_path, monkeypatch):
     real = data.urllib.request.urlopen
     monkeypatch.setattr(data.urllib.request, "urlopen", lambda request, timeout: real(request, timeout=0.1))

@@ -55,6 +55,9 @@ def refused(folder, monkeypatch, capsys):
     ("--arms armada,", "unknown arm ''"),
     ("--pairing own,noise", "unknown --pairing 'own,noise'"),
     ("--picture-encoder pixel", "did you mean pixels?"),
+    ("--picture-encoder pixels", "painter gives no pictures; leave it out"),
+    ("--task rte --student tiny --teacher api:https://me:secret@host/v1", "write api:https://HOST/v1"),
+    ("--task rte --student tiny --data-dir /dev/null", "/dev/null"),
     ("--amp fp32", "known: auto, off, bf16, fp16"),
     ("--amp fp16 --device cpu", "--amp fp16 needs a CUDA device: try --amp bf16 or off"),
     ("--grad-checkpoint yes", "known: auto, on, off"),
@@ -120,7 +123,7 @@ def test_a_damaged_data_file_is_named_with_its_line(refused, folder, task, file,
 @pytest.mark.parametrize("split, array, says", [
     ("train", np.zeros((11, 8)), "train.npy has shape (11, 8), expected (12, 8): one row an example"),
     ("dev", np.zeros((6, 9)), "dev.npy has shape (6, 9), expected (6, 8)"),
-    ("dev", np.zeros((6, 8), int), "dev.npy holds int64 of shape (6, 8): expected rows of floats"),
+    ("dev", np.zeros((6, 8), int), "dev.npy holds int64 of shape (6, 8): expected floats, in C order"),
     ("train", np.full((12, 8), np.nan), "no finite vector"),
     ("train", np.array([["a"] * 8] * 12, object), "train.npy is no readable array")])
 def test_vectors_that_do_not_fit_are_refused(refused, folder, split, array, says):
@@ -158,6 +161,22 @@ def test_an_output_folder_that_holds_another_run_and_a_resume_with_other_flags(r
     (folder / "run/config.json").write_text('{"tsk": "rte"}')
     assert "not one of this version" in refused("--resume {folder}/run")
 
+def test_what_others_keep_in_the_output_folder_is_never_cleared_away(folder, monkeypatch, capsys):
+    flags = ["--task", "rte", "--student", "tiny", "--data-dir", str(folder / "data"), "--teacher",
+             f"clip:{folder}", "--out", str(folder / "run")]
+    with pytest.raises(SystemExit):
+        main(flags)  # no such model: nothing was begun
+    assert not (folder / "run").exists()
+    monkeypatch.setattr(training, "Data", lambda _: (folder / "run/paid.sqlite").touch() or open("/nowhere"))
+    with pytest.raises(SystemExit):
+        main(flags)  # as if --cache-dir lay in --out
+    assert (folder / "run/paid.sqlite").exists()
+    (folder / "run/config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert (folder / "run/config.json").read_text() == '{"model_type": "bert"}'
+    assert "holds a run already" in capsys.readouterr().err
+
 def test_near_names_are_suggested_for_a_student_that_neither_folder_nor_hub_has(monkeypatch):
     student.check_available.cache_clear()
     monkeypatch.setattr(student.hub, "get_hf_file_metadata", lambda url, timeout: open("/nowhere"))  # raises
@@ -168,11 +187,13 @@ def test_no_key_is_in_what_a_run_writes(folder, monkeypatch, capsys):
     """The spec of an image API is stored with the run, its key never is."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setenv("HF_HUB_OFFLINE", "")  # so that what --offline sets is undone
+    (folder / "run").mkdir()  # so that it is not cleared away
     with pytest.raises(SystemExit):
         main(["--task", "rte", "--student", "tiny", "--teacher", "api:http://127.0.0.1:9/v1", "--offline",
               "--data-dir", str(folder / "data"), "--out", str(folder / "run"),
               "--cache-dir", str(folder / "cache")])
     assert "--offline" in capsys.readouterr().err
+    assert (folder / "run/config.json").exists()
     assert not any(b"sk-secret" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a small tmpfs")

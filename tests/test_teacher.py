@@ -115,10 +115,11 @@ def test_row_i_belongs_to_example_i_and_all_are_divided_by_the_training_root_mea
 @pytest.mark.parametrize("split, array, says", [
     ("dev", np.zeros((4, 5)), r"dev.npy has shape \(4, 5\), expected \(3, 5\)"),
     ("dev", np.zeros((3, 4)), r"expected \(3, 5\)"), ("train", np.zeros((5, 5)), r"expected \(6, 5\)"),
-    ("dev", np.zeros((3, 5), int), "expected rows of floats"), ("dev", np.zeros(3), "rows of floats"),
-    ("dev", np.zeros((5, 3)).T, "expected rows of floats"),  # stored column by column
-    ("dev", np.array([[1.0] * 5, [1.0] * 5, [np.nan] * 5]), "no finite vector for 'c'"),
-    ("train", np.array([[1.0] * 5] * 5 + [[np.inf] * 5]), "no finite vector for 'f'"),
+    ("dev", np.zeros((3, 5), int), "expected floats, in C order"), ("dev", np.zeros(3), "expected floats"),
+    ("dev", np.zeros((5, 3)).T, "expected floats, in C order"),  # stored column by column
+    ("dev", np.array([[1.0] * 5, [1e200] * 5, [1.0] * 5]), "no finite vector of .* for 'b'"),
+    ("dev", np.array([[1.0] * 5, [1.0] * 5, [np.nan] * 5]), "no finite vector of .* for 'c'"),
+    ("train", np.array([[1.0] * 5] * 5 + [[np.inf] * 5]), "no finite vector of .* for 'f'"),
     ("dev", np.array([[object()] * 5] * 3), "no readable array")])
 def test_vectors_that_do_not_fit_the_examples_are_refused(folder, split, array, says):
     """In the published scripts a missing vector becomes zeros and trains on."""
@@ -154,6 +155,11 @@ def test_clip_gives_the_text_features_of_the_whole_model_whatever_the_neighbours
         with torch.no_grad():
             features = whole.get_text_features(**tokenizer(text, return_tensors="pt")).pooler_output[0]
         np.testing.assert_allclose(vector, features.numpy(), atol=1e-5)
+
+def test_a_model_whose_weights_are_missing_is_no_teacher(model_folder):
+    """transformers would fill them in at random, anew in each process."""
+    with pytest.raises(UserError, match="is no CLIPTextModelWithProjection: it lacks"):
+        build_teacher(f"clip:{model_folder('bert')}")
 
 def test_clip_says_how_many_texts_it_had_to_cut(clip_folder, capsys, tmp_path):
     texts = ["a mouse", "a mouse " * 9, "a piano " * 20]
@@ -193,10 +199,18 @@ def test_pictures_are_found_by_text_or_by_row_and_a_replaced_one_is_looked_at_ag
     rows = found["train"](range(3))
     np.testing.assert_array_equal(found["dev"]([0])[0], rows[1])
     assert len({row.tobytes() for row in rows}) == 3
+    row = json.dumps({"split": "train", "index": 0, "file": "c.png"})
+    with open(pictures / "manifest.jsonl", "a") as file:  # a row's own picture comes before its text's
+        print(row, file=file)
+    by_row, _ = opened(build_teacher(f"images:{pictures}"), tmp_path, ["b", "a", "a third text"], ["b"])
+    np.testing.assert_array_equal(by_row["train"]([0]), by_row["train"]([2]))
+    assert (by_row["dev"]([0]) != by_row["train"]([0])).any()  # row 0 of dev is not row 0 of train
+    manifest = pictures / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace(row, "").rstrip())
     coloured(5, (20, 20)).save(pictures / "b.png")
     again, made = opened(build_teacher(f"images:{pictures}"), tmp_path, ["b", "a", "a third text"], ["a"])
     assert made == 1 and (again["train"]([0]) != rows[0]).any()
-    with pytest.raises(UserError, match="no line for row 1 of train, 'unseen'"):
+    with pytest.raises(UserError, match="lacks 1 train texts, first row 1, 'unseen'"):
         opened(teacher, tmp_path, ["b", "unseen"], ["a"])
 
 @pytest.mark.parametrize("line, says", [
@@ -271,6 +285,7 @@ def test_stable_diffusion_follows_the_papers_recipe(diffusion_folder):
             "__call__": lambda self, text, _call=pipe.__class__.__call__, **how: (
                 asked.append(how), _call(self, text, **how))[1]})
     teacher.encode(["a mouse"])
+    assert all(fact in teacher.name for fact in ("20", "7.5", "0.75"))  # another recipe is another teacher
     assert [(how["num_inference_steps"], how["guidance_scale"]) for how in asked] == [(20, 7.5)] * 2
     assert asked[1]["image"].size == (128, 128) and asked[1]["strength"] == 0.75
 
@@ -396,7 +411,7 @@ def test_an_api_that_stays_down_is_given_up_with_what_was_made_kept(api, tmp_pat
 def test_the_budget_stops_before_more_is_spent(api, tmp_path):
     pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
     spec = api(lambda request, text: respond(request, in_base64(text)))
-    with pytest.raises(UserError, match="--max-pictures 2: 3 are still to make"):
+    with pytest.raises(UserError, match="--max-pictures 2 are made, 3 to go: type the same again"):
         opened(build_teacher(spec), tmp_path, ["a", "b", "c", "d"], most=2)
     assert sum(api.asked.values()) == 2
     _, made = opened(build_teacher(spec), tmp_path, ["a", "b", "c", "d"], most=3)
@@ -405,6 +420,7 @@ def test_the_budget_stops_before_more_is_spent(api, tmp_path):
 @pytest.mark.parametrize("spec, says", [
     ("api:", "write api:https"), ("api:example.org/v1", "write api:https"), ("api:ftp://host", "api:https"),
     ("api:https://me:password@host/v1", "OPENAI_API_KEY"), ("api:https://host/v1?api_key=1", "OPENAI_API"),
+    ("api:https://host/v1#API_KEY=1", "OPENAI_API_KEY"), ("api:https://", "write api:https"),
     ("api:http://example.org/v1", "use https")])
 def test_an_address_that_would_give_the_key_away_is_refused(spec, says, monkeypatch):
     pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
@@ -412,6 +428,27 @@ def test_an_address_that_would_give_the_key_away_is_refused(spec, says, monkeypa
     with pytest.raises(UserError, match=says) as error:
         build_teacher(spec)
     assert "password" not in str(error.value)
+
+def test_a_key_that_a_long_answer_repeats_is_not_shown_by_halves(api, tmp_path):
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    spec = api(lambda request, text: respond(request, b"x" * 190 + f" bad key {KEY}".encode(), 401))
+    with pytest.raises(UserError) as error:
+        opened(build_teacher(spec), tmp_path, ["a"])
+    assert "bad key ***" in str(error.value) and KEY[:8] not in str(error.value)
+
+def test_two_encoders_and_fields_in_another_order_buy_no_picture_twice(api, clip_folder, tmp_path):
+    """Not even at the same time."""
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    spec = api(lambda request, text: respond(request, in_base64(text)))
+    base, _, _ = spec.partition("#")
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda args: opened(build_teacher(*args), tmp_path, ["a", "b", "c"]), [
+            (spec, None), (spec, f"clip:{clip_folder}"), (f"{base}#size=256x256&model=crayon", None)]))
+    assert set(api.asked.values()) == {1} and len(api.asked) == 4
+
+def test_a_local_encoder_is_known_by_where_it_lies_not_by_how_it_was_typed(clip_folder, monkeypatch):
+    monkeypatch.chdir(Path(clip_folder).parent)
+    assert build_teacher(f"clip:{Path(clip_folder).name}").name == build_teacher(f"clip:{clip_folder}").name
 
 def test_the_key_does_not_follow_a_redirect_to_another_host(api, loopback):
     pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
@@ -466,12 +503,20 @@ def damage(folder, text):
     cache = Cache(folder)
     cache.db.execute("UPDATE made SET value = zeroblob(12) WHERE key = ?", (cache.key("counting", text),))
 
-def test_a_damaged_entry_is_never_used_but_named_and_made_again_by_the_next_start(tmp_path):
+@pytest.mark.parametrize("text", ["bb", "a dev text"])
+def test_a_damaged_entry_is_made_again_when_the_cache_is_opened(tmp_path, text):
+    teacher = Counting()
+    opened(teacher, tmp_path, ["a", "bb"])
+    damage(tmp_path, text)
+    _, made = opened(teacher, tmp_path, ["a", "bb"])
+    assert made == 1 and teacher.asked[3:] == [text]
+
+def test_an_entry_that_is_damaged_since_is_never_used_but_named_and_made_again_by_the_next_start(tmp_path):
     teacher = Counting()
     found, _ = opened(teacher, tmp_path, ["a", "bb"])
     before = found["train"]([0, 1])
     damage(tmp_path, "bb")
-    with pytest.raises(UserError, match="no finite vector for 'train.tsv:2': mend it, or start again"):
+    with pytest.raises(UserError, match="no finite vector of .* for 'train.tsv:2': start once more"):
         found["train"]([0, 1])
     found, made = opened(teacher, tmp_path, ["a", "bb"])
     assert made == 1 and teacher.asked[3:] == ["bb"] and (found["train"]([0, 1]) == before).all()
@@ -487,11 +532,27 @@ def test_a_vector_that_is_not_finite_is_an_error_that_names_the_text_and_is_not_
     teacher = Counting()
     teacher.encode = lambda texts: np.array(
         [[np.inf if text == "bad" else 1.0] * 3 for text in texts], np.float32)
-    with pytest.raises(UserError, match="no finite vector for 'bad'"):
+    with pytest.raises(UserError, match="no finite vector of .* for 'bad'"):
         opened(teacher, tmp_path, ["good", "bad"])
     recovered = Counting()  # the next try asks again
     opened(recovered, tmp_path, ["good", "bad"])
     assert "bad" in recovered.asked
+
+def test_a_vector_of_another_width_than_the_teacher_says_is_refused(tmp_path):
+    teacher = Counting()
+    teacher.dim = 4
+    with pytest.raises(UserError, match="no finite vector of 4 for"):
+        opened(teacher, tmp_path, ["a"])
+
+@pytest.mark.parametrize("where", [0, 4096])  # the header, a page
+def test_a_damaged_cache_file_is_named(tmp_path, where):
+    opened(Counting(), tmp_path, [f"text {i}" for i in range(200)])
+    Cache(tmp_path).sql("PRAGMA wal_checkpoint(TRUNCATE)")  # all of it into the one file
+    with open(tmp_path / "teachers.sqlite", "r+b") as file:
+        file.seek(where)
+        file.write(b"\xff" * 4096)
+    with pytest.raises(UserError, match="teachers.sqlite: .*if damaged, delete it"):
+        opened(Counting(), tmp_path, [f"text {i}" for i in range(200)])
 
 def test_verify_finds_what_is_damaged(tmp_path, capsys):
     opened(Counting(), tmp_path, ["a", "bb"])
@@ -551,7 +612,8 @@ def test_vectors_are_made_ahead_and_found_in_training(clip_folder, tmp_path, cap
     assert made == 0 and found["train"](range(20)).shape == (20, 10)
 
 @pytest.mark.parametrize("flags, says", [
-    ([], "nothing to do: give --task"), (["--task", "objcts"], "did you mean objects"),
+    ([], "give --task or --verify"), (["--task", "cb", "--max-pictures", "-1"], "at least 0"),
+    (["--task", "objcts"], "did you mean objects"),
     (["--task", "objects", "--teacher", "clipp"], "did you mean clip"),
     (["--max-picture", "3"], "did you mean --max-pictures"),
     (["--task", "objects", "--teacher", "images:/nowhere"], "manifest.jsonl"),
