@@ -1,5 +1,6 @@
 """The loop: seeds, schedules, accumulation, checkpoints, the command line. Read beside train.py."""
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -19,12 +20,25 @@ import train as training
 from align import Householder
 from data import TASKS, UserError, collate, load_task
 from student import load_student
-from teacher import build_teacher
+from teacher import Painter, build_teacher
 from train import ARMS, Cell, Config, Data, lr_factor, main, resolve, run, seed_of, train
 
 ROOT = Path(__file__).resolve().parent.parent
 # 3 steps an epoch, the last one of 8
 QUICK = dict(task="objects", epochs=2, eval_every=1, limit=40, batch_size=16)
+
+@pytest.fixture(scope="module", autouse=True)
+def painted_once():
+    """The runs below look at the same 620 pictures again and again; a fifth of the time went into drawing."""
+    original = Painter.paint
+
+    @functools.cache
+    def paint(rho, text):
+        return original(build_teacher(f"painter:{rho}"), text)
+
+    Painter.paint = lambda self, text: paint(self.rho, text)
+    yield
+    Painter.paint = original
 
 def cell_of(folder, arm="armada", seed=0, **flags):
     """A cell as train() makes it, not yet run."""
@@ -124,9 +138,12 @@ def test_noise_has_the_vectors_moments_and_belongs_to_its_example(tmp_path):
     assert torch.equal(alone, again) and not torch.equal(alone, looked_up(cell, "noise", 1, [7]))
     assert not torch.equal(alone, looked_up(cell, "noise", 0, [8]))
 
-def test_every_arm_is_one_line_of_overrides_and_controls_are_those_without_the_teachers_vectors(tmp_path):
+def test_every_arm_is_one_line_of_overrides_and_controls_are_those_without_the_teachers_vectors(
+        tmp_path, monkeypatch):
     fields = {field.name for field in dataclasses.fields(Config)}
     assert all(overrides.keys() <= fields and len(overrides) <= 3 for overrides in ARMS.values())
+    few = {split: rows[:60] for split, rows in load_task("objects").items()}
+    monkeypatch.setattr(training, "load_task", lambda *_: few)
     config = Config(task="objects", arms=tuple(ARMS), epochs=1, limit=40, out=str(tmp_path / "run"))
     found = train(config)
     controls = {arm for arm in ARMS if found[arm][0]["control"]}
