@@ -3,6 +3,7 @@
     python -m tests.findings pictures        # how far the mean and a few directions describe the pictures
     python -m tests.findings losses RUN      # where each arm's training losses ended, mean over seeds
     python -m tests.findings majority DATA   # the share of each real task's most frequent dev label
+    python -m tests.findings costs DATA      # seconds for 1,000 texts: the painter, a CLIP of random weights
     python -m tests.findings tune            # the grid behind the defaults of `objects`; a quarter of an hour
 """
 import contextlib
@@ -10,6 +11,7 @@ import io
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +70,22 @@ def tune():
                 print(f"init {init:<4} lr {lr:.0e} beta {beta:<4} {arm:<12} "
                       f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}", flush=True)
 
+def costs(data_dir):
+    """Seconds for 1,000 RTE texts: the painter, and a text model of CLIP ViT-L/14's shapes, random weights."""
+    texts = [TASKS["rte"].prompt(example) for example in load_task("rte", data_dir)["train"][:1000]]
+    began = time.perf_counter()
+    build_teacher("painter").encode(texts)
+    print(f"painter {time.perf_counter() - began:.0f} s")
+    clip = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)).eval()
+    began = time.perf_counter()
+    with torch.no_grad():
+        clip(input_ids=torch.randint(0, 49_000, (64, 77)))  # all at the most tokens that it reads
+    print(f"clip {(time.perf_counter() - began) * 1000 / 64:.0f} s")
+
 if __name__ == "__main__":
     try:
-        commands = {command.__name__: command for command in (pictures, losses, majority, tune)}
+        commands = {command.__name__: command for command in (pictures, losses, majority, tune, costs)}
         commands[sys.argv[1]](*sys.argv[2:])
     except (IndexError, KeyError, TypeError, FileNotFoundError):
         sys.exit(__doc__)

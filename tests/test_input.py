@@ -185,6 +185,7 @@ def test_near_names_are_suggested_for_a_student_that_neither_folder_nor_hub_has(
 
 def test_no_key_is_in_what_a_run_writes(folder, monkeypatch, capsys):
     """The spec of an image API is stored with the run, its key never is."""
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setenv("HF_HUB_OFFLINE", "")  # so that what --offline sets is undone
     (folder / "run").mkdir()  # so that it is not cleared away
