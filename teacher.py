@@ -386,7 +386,7 @@ def fill(teacher, items, keys, cache, most=None):
         for key in keys[::1 + len(keys) // 10_000]:  # of MNLI's 400,000 not all: that would take 20 s
             cache.get(key)  # throws a damaged one away
         missing = list({keys[i]: i for i in np.flatnonzero(~np.isin(keys, cache.keys()))}.values())
-        todo, step, teacher.cache = missing[:most], teacher.at_once, cache
+        todo, step = missing[:most], teacher.at_once
         texts = [items[i] for i in todo if teacher.tokenizer]
         if cut := sum(len(teacher.tokenizer(text)["input_ids"]) > teacher.max_tokens for text in texts):
             print(f"{teacher.name}: {cut} of {len(todo)} texts are too long for it and cut", file=sys.stderr)
@@ -402,12 +402,13 @@ def open_vectors(teacher, task, examples, cache_dir, limit=None, most=None):
     """({split: the function rows -> float32 (n, dim)}, how many were made now). MNLI's vectors are 1.6 GB, so
     they are read a batch at a time. A costly teacher is not asked for training texts beyond `limit`."""
     texts, made = {split: [task.prompt(each) for each in examples[split]] for split in ("train", "dev")}, 0
+    n = len(texts["train"][:limit])
     if teacher.costly:
-        cache, train = Cache(cache_dir), len(texts["train"][:limit])
-        items = teacher.items("train", texts["train"][:limit]) + teacher.items("dev", texts["dev"])
+        cache = teacher.cache = Cache(cache_dir)  # in which a teacher may keep what it buys on the way
+        items = teacher.items("train", texts["train"][:n]) + teacher.items("dev", texts["dev"])
         keys = np.array([Cache.key(teacher.name, item) for item in items], np.int64)
         made = fill(teacher, items, keys, cache, most)
-        readers = {"train": cache.reader(keys[:train]), "dev": cache.reader(keys[train:])}
+        readers = {"train": cache.reader(keys[:n]), "dev": cache.reader(keys[n:])}
     else:
         readers = {split: teacher.reader(split, texts[split]) for split in texts}
     name, dim = teacher.name, teacher.dim  # not the teacher: a model would stay on the GPU through training
@@ -416,7 +417,6 @@ def open_vectors(teacher, task, examples, cache_dir, limit=None, most=None):
         return _checked(name, dim, readers[split](rows), [examples[split][i].where for i in rows])
 
     # By the training rows' root mean square (of 6,000 at most), not centred: beta means the same everywhere.
-    n = len(texts["train"][:limit])
     some = read("train", range(0, n, 1 + n // 6000))
     rms = np.float32(np.sqrt(np.einsum("ij,ij->", some, some, dtype=float) / some.size) or 1)
     return {split: lambda rows, split=split: read(split, rows) / rms for split in texts}, made

@@ -447,7 +447,7 @@ def update(cell, epoch, role, step, rows):
 def run(cell):
     """Train one cell from where it stands to the end: the aligner's epoch, the student's epoch, and again."""
     config, data, began = cell.config, cell.data, time.perf_counter() - cell.seconds
-    rates = {"aligner": config.aligner_lr, "student": config.lr}
+    rates, headline = {"aligner": config.aligner_lr, "student": config.lr}, data.task.metrics[0]
     steps = math.ceil(len(data.labels) / config.batch_size)  # an epoch's, for each role
     if cell.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(cell.device)
@@ -471,11 +471,11 @@ def run(cell):
             values = means(waiting, facts, cell.scalers[role])
             cell.log(facts | values | {"tokens_per_second": round(tokens / (time.perf_counter() - read_at))})
             bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
-            due = epoch + 1 == config.epochs or (epoch + 1) % config.eval_every == 0
-            if due := due and end and role == "student":
+            due = end and role == "student" and (
+                epoch + 1 == config.epochs or (epoch + 1) % config.eval_every == 0)
+            if due:
                 scores, _, p_s = cell.evaluate()
                 cell.log({"epoch": epoch + 1, "dev": scores, **cell.evaluate_aligner(p_s)})
-                headline = data.task.metrics[0]
                 if cell.best is None or scores[headline] > cell.best["dev"][headline]:
                     cell.best = {"epoch": epoch + 1, "dev": scores}
                     with replacing(cell.folder / "best") as new:

@@ -71,7 +71,7 @@ def tune():
                       f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}", flush=True)
 
 def costs(data_dir):
-    """Seconds for 1,000 RTE texts: the painter, and a text model of CLIP ViT-L/14's shapes, random weights."""
+    """Seconds for 1,000 RTE texts: the painter; a text model of CLIP ViT-L/14's shapes, random weights."""
     texts = [TASKS["rte"].prompt(example) for example in load_task("rte", data_dir)["train"][:1000]]
     began = time.perf_counter()
     build_teacher("painter").encode(texts)
