@@ -8,6 +8,7 @@ teacher, the label neither. Only the standard library is imported here: `--help`
 import argparse
 import contextlib
 import difflib
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import tempfile
 import time
 import urllib.request
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +36,13 @@ class Parser(argparse.ArgumentParser):
 
 class Example(NamedTuple):
     fields: dict               # the texts of one row, as they stand in the file
-    label: int | float | None  # class id, score, or None (official test rows)
+    label: int | float | tuple | None  # class id, score, None (official test rows); for generation references
     idx: int                   # what a submission file calls it
     where: str                 # "file:line", for messages
+    output: str = ""           # for generation the text to learn
 
 class Task(NamedTuple):
-    """One registry entry; kind is "classify" or "regress", with room for "generate"."""
+    """One registry entry; kind is "classify", "regress" or "generate"."""
     name: str
     folder: str                     # below --data-dir, as the official archive names it
     text_a: str                     # template over the columns
@@ -51,6 +54,7 @@ class Task(NamedTuple):
     columns: dict = {}              # field -> column, where a file names it otherwise
     header: tuple = ()              # columns of a train or dev file without a header line
     rows: tuple = ()                # official number of train and dev rows
+    files: tuple = ()               # where it is to generate: possible training files, and the scored one
     defaults: dict = {}             # overrides of train.Config
 
     @property
@@ -64,6 +68,8 @@ class Task(NamedTuple):
 
     def prompt(self, example):
         """All of the example's text in one string: what the teacher and a decoder read."""
+        if self.kind == "generate":
+            return ALPACA[bool(example.fields["input"])].format(**example.fields)
         return "\n".join(filter(None, self.pair(example)))
 
 # ---- the registry ------------------------------------------------------------------------------------------
@@ -95,6 +101,32 @@ TASKS = {task.name: task for task in (
     Task("objects", "", "{text}", None, ("no", "yes"), defaults={  # from scratch 2e-5 would move nothing
         "student": "tiny", "teacher": "painter", "lr": 4e-3, "epochs": 40, "beta": 20.0, "eval_every": 10}),
 )}
+# Generation: one training file serves several tasks, a seeded tenth of it is dev, a task's own file is test.
+# The Alpaca prompt, as MiniLLM fills it; LLM-Adapters' has the same lines, indented like its code.
+ALPACA = [f"Below is an instruction that describes a task{more}. Write a response that appropriately "
+          f"completes the request.\n\n### Instruction:\n{{instruction}}\n\n{context}### Response:\n"
+          for more, context in (("", ""), (", paired with an input that provides further context",
+                                           "### Input:\n{input}\n\n"))]
+
+def _to_generate(group, names, files, metrics, column="answer", **more):
+    """Register the tasks of a group, "NAME[:FOLDER]" each; files: possible training files, the scored one."""
+    defaults = {"student": "llama-7b", "lora": 8, "epochs": 3, "lr": 3e-4, "max_length": 512, **more}
+    root = group.replace("reason", "reasoning")
+    for name, _, folder in (each.partition(":") for each in names.split()):
+        TASKS[f"{group}/{name}"] = Task(
+            f"{group}/{name}", f"{root}/{folder or name}", "{instruction}", "{input}", kind="generate",
+            files=files, metrics=metrics, label_column=column, defaults=defaults)
+
+_to_generate("reason", "boolq piqa social_i_qa hellaswag winogrande arc_e:ARC-Easy arc_c:ARC-Challenge "
+             "openbookqa", ("train_commonsense.json", "commonsense_15k.json", "test.json"),
+             ("accuracy", "answered"), max_new_tokens=32)
+_to_generate("reason", "addsub:AddSub multiarith:MultiArith singleeq:SingleEq svamp:SVAMP aqua:AQuA gsm8k",
+             ("train_math.json", "math_10k.json", "test.json"), ("accuracy", "answered"))
+_to_generate("instruct", "dolly self-inst vicuna s-ni:sinst un-ni:uinst",
+             ("dolly/train.jsonl", "valid.jsonl"), ("rouge_l", "rouge_l_unstemmed"), column="output")
+# What an answer looks like. The reference tells which of these it is: one training file mixes several.
+ANSWERS = ("(?i:true|false)", r"(?i:answer)\d", r"(?i:solution)\d", r"(?i:ending)\d", r"(?i:option)\d",
+           "[A-E]", r"(?:(?<![\w)])-)?(?:\d[\d,]*)?\.?\d+")
 KEEP = ("question", "word", "span1_text", "span2_text")  # never cut: the rest means nothing without them
 
 # Official archives, each one folder named as Task.folder; MRPC has none. ARMADA_MIRROR=URL is another SITE.
@@ -153,6 +185,12 @@ def load_task(name, data_dir=None, cache_dir=CACHE):
     if task.name == "objects":
         return _objects()
     folder = (Path(data_dir) if data_dir else download(task, cache_dir)) / task.folder
+    if task.kind == "generate":
+        *train, scored = [folder.parent / name for name in task.files]
+        rows = _read(task, next(filter(Path.exists, train), train[0]), "train")
+        dev = set(random.Random(0).sample(range(len(rows)), -(-len(rows) // 10)))
+        return {"train": [row for i, row in enumerate(rows) if i not in dev],
+                "dev": [rows[i] for i in sorted(dev)], "test": _read(task, folder / scored.name, "test")}
     form, names = "tsv", {"dev": "dev_matched", "test": "test_matched"} if task.name == "mnli" else {}
     if (folder / "train.jsonl").exists():
         form, names = "jsonl", {"dev": "val"}
@@ -171,22 +209,26 @@ def _read(task, path, split):
     try:
         # utf-8-sig drops MRPC's byte-order mark; newline="\n" keeps a stray \r from splitting a row.
         with open(path, encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                where, values = f"{path}:{number}", line.rstrip("\r\n").split("\t")
-                if path.suffix == ".jsonl":
+            where = str(path)
+            for number, line in enumerate(json.load(file) if path.suffix == ".json" else file, 1):
+                where = f"{path}:{number}"
+                if path.suffix == ".json":  # one list; the number is the item's
+                    row = line
+                elif path.suffix == ".jsonl":
                     row = json.loads(line)
                 elif not columns:
-                    columns = values
+                    columns = line.rstrip("\r\n").split("\t")
                     continue
-                elif len(values) != len(columns):
+                elif len(values := line.rstrip("\r\n").split("\t")) != len(columns):
                     raise UserError(f"{where} has {len(values)} columns, not {len(columns)}: "
                                     f"{', '.join(columns)}")
                 else:  # GLUE's tsv is not quoted: a " is part of the text; a csv reader would swallow lines
                     row = dict(zip(columns, values))
                 examples.append(_example(task, row, split, len(examples), where))
     except FileNotFoundError:
+        more = ", or leave it out to download them" if task.name in ARCHIVES else ""
         raise UserError(f"{path} is missing: give --data-dir the folder that holds {task.folder}/ with the "
-                        "official files, or leave it out to download them") from None
+                        f"official files{more}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -201,6 +243,8 @@ def _example(task, row, split, number, where):
         raise UserError(f"{where} is not a JSON object: the file may be cut; fetch it again")
     if task.name == "wsc":
         row = _mark_spans(row, where)
+    if task.kind == "generate":
+        row = {"input": "", **row}  # vicuna has no such column
     fields = {}
     for name in task.fields:
         names = dict.fromkeys((name, task.columns.get(name, name)))
@@ -208,6 +252,14 @@ def _example(task, row, split, number, where):
         if not isinstance(fields[name], str):
             raise UserError(f"{where} has no text {' or '.join(map(repr, names))}: found {', '.join(row)}")
     raw, label = row.get(task.label_column), None
+    if task.kind == "generate":
+        # s-ni has several references, a list.
+        texts, answers = ([*text] if isinstance(text, list) else [text] for text in (row.get("output"), raw))
+        if not answers or not all(isinstance(text, str) for text in texts + answers):
+            raise UserError(f"{where} has no text 'output' or {task.label_column!r}: found {', '.join(row)}")
+        if task.label_column == "answer" and not any(re.fullmatch(like, raw) for like in ANSWERS):
+            raise UserError(f"{where} has the answer {raw!r}: expected true, answer1 ..., A ... or a number")
+        return Example(fields, tuple(answers), number, where, texts[0])
     if raw is not None or not split.startswith("test"):
         try:  # a class is spelled in lower case, and JSON's true and 1 are "true" and "1"
             label = float(raw) if task.kind == "regress" else task.labels.index(str(raw).lower())
@@ -294,10 +346,12 @@ def download(task, cache_dir):
     return data_dir
 
 # ---- from examples to batches ------------------------------------------------------------------------------
-def encode(task, examples, tokenizer, max_length, decoder):
+def encode(task, examples, tokenizer, max_length, decoder, max_new_tokens=0):
     """Tokenise once, before training: ([{"input_ids": [...], ...} per example], how many were shortened).
     A text over max_length tokens has its longest FIELD shortened before the template is filled. Cutting the
-    filled text instead would drop the hypothesis behind a long premise, or the question."""
+    filled text instead would drop the hypothesis behind a long premise, or the question. To generate,
+    input_ids is prompt, output and end-of-text; labels is the same with -100, "no loss", for the prompt. Of
+    the length max_new_tokens are the output's: what is read of a prompt must not depend on its answer."""
     # A decoder that is handed token_type_ids (GPT-2) adds them as if they were words.
     wanted = ("input_ids",) if decoder else ("input_ids", "token_type_ids")
     def tokens(chunk):
@@ -305,13 +359,50 @@ def encode(task, examples, tokenizer, max_length, decoder):
         found = tokenizer(list(a), list(b) if any(b) else None, verbose=False)
         return [{key: found[key][i] for key in wanted if key in found} for i in range(len(chunk))]
 
+    generates = task.kind == "generate"
+    room = max_length - max_new_tokens * generates
+    if room < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room in --max-length {max_length}")
     rows = [row for i in range(0, len(examples), 1000) for row in tokens(examples[i:i + 1000])]
-    shortened = sum(len(row["input_ids"]) > max_length for row in rows)
+    shortened = sum(len(row["input_ids"]) > room for row in rows)
     for i, example in enumerate(examples):
-        while (over := len(rows[i]["input_ids"]) - max_length) > 0:
-            example = _shorten(example, tokenizer, max_length, over)
+        while (over := len(rows[i]["input_ids"]) - room) > 0:
+            example = _shorten(example, tokenizer, room, over)
             rows[i] = tokens([example])[0]
+        if generates:  # tokenised apart: generation then starts from exactly the tokens that training saw
+            output = tokenizer(example.output, add_special_tokens=False, verbose=False)["input_ids"]
+            shortened += len(output) >= max_new_tokens
+            output, prompt = [*output, tokenizer.eos_token_id][:max_new_tokens], rows[i]["input_ids"]
+            rows[i] = {"input_ids": prompt + output, "labels": [-100] * len(prompt) + output}
     return rows, shortened
+
+def answer_bags(task, examples, tokenizer):
+    """The token ids of each example's label, [[...], ...]: of its answer, where the task has one, else of the
+    whole output. The answer is looked up IN the output: " answer2" and "answer2" are other tokens."""
+    bags = []
+    for example in examples:
+        text, answer = example.output, example.label[0] if task.label_column == "answer" else example.output
+        answer = re.sub(r"\.0+$", "", answer)  # 72.0 is written 72
+        first = max(0, text.rfind(answer))
+        last = first + len(answer) if answer in text else len(text)
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        bags.append([token for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"])
+                     if start < last and end > first])
+    return bags
+
+def answer_vocabulary(bags, size=1000):
+    """V_a: the `size` most frequent tokens of the training set's bags, the most frequent first."""
+    return [token for token, _ in Counter(itertools.chain.from_iterable(bags)).most_common(size)]
+
+def bag_labels(bags, vocabulary):
+    """y_v = count_v / sum over V_a of count_v: float32 (N, |V_a|). A row is a distribution; where no token of
+    the answer is in V_a it is zero, which soft cross entropy ignores."""
+    import torch
+    column, y = {token: i for i, token in enumerate(vocabulary)}, torch.zeros(len(bags), len(vocabulary))
+    for row, bag in zip(y.numpy(), bags):
+        for token in filter(column.__contains__, bag):
+            row[column[token]] += 1
+    return y / y.sum(1, keepdim=True).clamp(min=1)
 
 def _shorten(example, tokenizer, max_length, over):
     """The example with its longest field cut between two tokens, by at most the `over` tokens too many."""
@@ -338,11 +429,15 @@ def length_grouped_batches(lengths, batch_size, seed):
     rng.shuffle(batches)
     return batches
 
-def collate(rows, pad_id):
-    """Rows -> {"input_ids", "attention_mask"[, "token_type_ids"]}, int64 (B, L), L the longest row HERE."""
+def collate(rows, pad_id, side="right"):
+    """Rows -> {"input_ids", "attention_mask"[, "token_type_ids"][, "labels"]}, int64 (B, L), L the longest
+    row HERE, padded on one side."""
     import torch
     width = max(len(row["input_ids"]) for row in rows)
     rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-    return {key: torch.tensor([row[key] + [pad_id * (key == "input_ids")] * (width - len(row[key]))
-                               for row in rows])  # (B, L)
-            for key in rows[0]}
+    def padded(values, filler):
+        padding = [filler] * (width - len(values))
+        return padding + values if side == "left" else values + padding
+
+    fillers = {"input_ids": pad_id, "labels": -100}
+    return {key: torch.tensor([padded(row[key], fillers.get(key, 0)) for row in rows]) for key in rows[0]}

@@ -11,6 +11,8 @@ float32 first, since a float16 square overflows beyond 256; float32 and float64 
 
     total, parts = student_loss(out_s, out_t, y, alpha=.5, beta=1, gamma=1, temperature=5, kind="manifold")
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -51,6 +53,26 @@ def output_loss(teacher_logits, student_logits, temperature):
         return _mse(F.relu(o_t), F.relu(o_s))  # no T: a softmax over one logit is constant
     return temperature**2 * _mse(F.softmax(o_t / temperature, -1), F.softmax(o_s / temperature, -1))
 
+def output_kl(teacher_logits, student_logits, temperature):
+    """L_output of a generation task = T^2 KL(softmax(o_t/T) || softmax(o_s/T)), mean over the batch: ours.
+    Over an answer vocabulary of 1,000 tokens softmaxes are so small that the gradient of their MSE vanishes
+    (tests/test_losses.py shows by how much)."""
+    log_t, log_s = (F.log_softmax(_full(o) / temperature, -1) for o in (teacher_logits, student_logits))
+    return temperature**2 * F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
+
+def answer_losses(logits, tokens, counts, vocabulary):
+    """What a language model says of B answers, teacher-forced: (-mean_l log p(y_l | prefix), o_s).
+    o_s = log mean_l p(v | prefix_l) for the tokens v in V_a: the log of a bag of tokens, (B, V_a).
+    logits (N, V) and tokens (N,) of all the answers' positions one after another, counts [B] of each answer,
+    vocabulary (V_a,) token ids. The first result is (B,): long answers weigh no more than short ones."""
+    logits = _full(logits)
+    norm = logits.logsumexp(-1, keepdim=True)                        # (N, 1): a log_softmax would be (N, V)
+    surprise = (norm - logits.gather(1, tokens[:, None])).flatten()  # (N,)
+    bags = (logits[:, vocabulary] - norm).split(counts)              # B x (l, V_a)
+    # In logs: a p of 1e-40 would be 0 in float32, and its log would poison the sums.
+    o_s = torch.stack([bag.logsumexp(0) - math.log(len(bag)) for bag in bags])
+    return torch.stack([each.mean() for each in surprise.split(counts)]), o_s
+
 def manifold_loss(teacher_proj, student_proj, kind):
     """L_manifold = MSE(mean_b p_t, mean_b p_s) | 1 - cos(mean_b p_t, mean_b p_s) | MSE(p_t, p_s).
     Projections (B, d); kind "euclidean" | "cosine" | "manifold", in this order. The first two compare batch
@@ -76,18 +98,23 @@ def aligner_loss(aligner_out, labels, gamma):
     """L_A = task(o_t, y) + gamma task(a_t, y): the TS Aligner learns from the teacher's vector alone."""
     return task_loss(aligner_out.logits, labels) + gamma * task_loss(aligner_out.aux_logits, labels)
 
-def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind, output_factor=1):
+def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind, output_factor=1,
+                 answer_loss=None):
     """L_S = (1 - alpha) L_task + alpha L_output + beta L_manifold.
     student_out, aligner_out: Outputs(logits (B, C), aux_logits (B, C), proj (B, d)). The aligner's are
     detached, a student does not teach its teacher; aligner_out=None is "no teacher", whose two terms are 0.
     output_factor multiplies the second term: 0 drops the soft labels and leaves the true ones at 1 - alpha.
+    answer_loss, of a generation task, is its language-model cross entropy: part of L_task, and brings the KL.
     Returns (total, parts): parts maps task, output, manifold to 0-dim tensors, before their weights."""
     o_s, a_s, p_s = student_out
     task = task_loss(o_s, labels) + gamma * task_loss(a_s, labels)
+    each_output = output_loss
+    if answer_loss is not None:
+        task, each_output = task + answer_loss, output_kl
     output = manifold = torch.zeros_like(task)
     if aligner_out is not None:
         o_t, a_t, p_t = (x.detach() for x in aligner_out)
-        output = output_loss(o_t, o_s, temperature) + gamma * output_loss(a_t, a_s, temperature)
+        output = each_output(o_t, o_s, temperature) + gamma * each_output(a_t, a_s, temperature)
         manifold = manifold_loss(p_t, p_s, kind)
     total = (1 - alpha) * task + alpha * output_factor * output + beta * manifold
     return total, {"task": task, "output": output, "manifold": manifold}
