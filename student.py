@@ -5,6 +5,8 @@ Shapes: B batch, L tokens, d_s width of the language model, C labels, d shared p
     o_s = C_s drop(h_s)       (B, C)    main logits
     p_s = P_s h_s             (B, d)    linear, no bias; orthogonal on request
     a_s = C'_s drop(p_s)      (B, C)    auxiliary logits
+A student that generates keeps its vocabulary head: h_s is the last prompt token's, o_s the log of the
+answer's bag of tokens over an answer vocabulary V_a (losses.answer_losses), C = |V_a|.
 
     load_student("runs/rte/armada/0/last").predict([("A man sleeps.", "A man is awake.")])
 """
@@ -22,10 +24,11 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tqdm import tqdm
 
 from align import Householder, Outputs
 from data import UserError, collate
-from losses import predictions
+from losses import answer_losses, predictions
 
 transformers.logging.set_verbosity_error()  # its load report lists the vocabulary heads, left out on purpose
 transformers.logging.disable_progress_bar()
@@ -36,19 +39,62 @@ SHORT_NAMES = {"bert-base": "google-bert/bert-base-uncased", "bert-6l": "google-
                "opt-1.3b": "facebook/opt-1.3b", "llama-3b": "meta-llama/Llama-3.2-3B",
                "llama-7b": "huggyllama/llama-7b", "llama-8b": "meta-llama/Llama-3.1-8B"}
 
+LORA_TARGETS = ("q_proj", "v_proj", "query", "value", "query_proj", "value_proj")  # LLaMA, OPT; BERT; DeBERTa
+
+class LoRA(nn.Module):
+    """base(x) + (alpha / r) B A drop(x): a frozen linear map and a learnt one of rank r (Hu et al. 2021).
+    A (r, in) starts at random, B (out, r) at zero: nothing changes at first, yet B has a gradient (were both
+    zero, neither would ever get one). alpha / r keeps the size of an update when r is changed. Saved are the
+    base's gradients and moments, r (in + out) numbers in place of in x out, not the way back through it."""
+    alpha, dropout = 16, 0.05
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base, self.scale, self.drop = base, self.alpha / rank, nn.Dropout(self.dropout)
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        out, x = self.base(x), x.to(self.lora_A.weight.dtype)  # the base may sit in bf16, A and B never do
+        return out + (self.scale * self.lora_B(self.lora_A(self.drop(x)))).to(out.dtype)
+
+    def merged(self):
+        """One linear map, W + (alpha / r) B A, that does the same at no extra cost (and without dropout)."""
+        update = self.scale * self.lora_B.weight @ self.lora_A.weight  # (out, in)
+        self.base.weight.data += update.to(self.base.weight.dtype)
+        return self.base
+
+def add_lora(lm, rank):
+    """Freeze a language model and put a LoRA around each of its query and value maps."""
+    lm.requires_grad_(False)
+    targets = [(name, module) for name, module in lm.named_modules()
+               if name.split(".")[-1] in LORA_TARGETS and isinstance(module, nn.Linear)]
+    if not targets:
+        raise UserError(f"--lora: {lm.config.model_type} has no linear map named {', '.join(LORA_TARGETS)}")
+    for name, module in targets:
+        lm.set_submodule(name, LoRA(module, rank))
+
+def is_decoder(config):
+    """Reads left to right: has a causal and no masked language-model class."""
+    return (type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+            and type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING)
+
 class Student(nn.Module):
-    """A language model with heads: student(input_ids, attention_mask, token_type_ids=None) -> Outputs."""
+    """A language model with heads: student(input_ids, attention_mask, token_type_ids=None) -> Outputs.
+    With `vocabulary`, V_a's token ids, it generates: given labels (B, L), -100 outside of the answers, it
+    returns (Outputs, each answer's cross entropy (B,)); without labels the bag is that of the next token."""
     def __init__(self, lm, tokenizer, num_labels, proj_dim, dropout=0.1, orthogonal=False, labels=(),
-                 max_length=128):
+                 max_length=128, vocabulary=(), max_new_tokens=256, lora=0, base=None):
         super().__init__()
         self.lm, self.tokenizer, config = lm, tokenizer, lm.config
         self.settings = dict(num_labels=num_labels, proj_dim=proj_dim, dropout=dropout, orthogonal=orthogonal,
-                             labels=list(labels), max_length=max_length)
+                             labels=list(labels), max_length=max_length, vocabulary=list(vocabulary),
+                             max_new_tokens=max_new_tokens, lora=lora, base=base if lora else None)
+        self.generates = bool(vocabulary)
         # The longest text that tokenizer and position table allow; OPT's tokenizer alone would say 1e30.
         self.max_tokens = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 10**9))
-        # Reads left to right: has a causal and no masked language-model class.
-        self.decoder = (type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-                        and type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING)
+        self.decoder = is_decoder(config)
         d_s = getattr(config, "word_embed_proj_dim", None) or config.hidden_size  # they differ in OPT-350m
         # The aligner's gauge argument does not hold here, since p_s must meet p_t coordinate by coordinate:
         # an orthogonal P_s gets d_s reflections, enough for every rotation of h_s.
@@ -56,17 +102,36 @@ class Student(nn.Module):
         self.heads = nn.ModuleDict({"classifier": nn.Linear(d_s, num_labels), "projection": projection,
                                     "aux_classifier": nn.Linear(proj_dim, num_labels)})  # C_s, P_s, C'_s
         self.drop = nn.Dropout(dropout)
+        if self.generates:
+            del self.heads["classifier"]  # the vocabulary head stands in for C_s
+            # In place of the checkpoint's own, which may sample or forbid repetition.
+            lm.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id,
+                                                                 pad_token_id=tokenizer.pad_token_id)
+            self.register_buffer("vocabulary", torch.tensor(vocabulary), persistent=False)  # (V_a,)
+        if lora:
+            add_lora(lm, lora)
 
-    def forward(self, input_ids, attention_mask, token_type_ids=None):
+    def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
         extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         if self.decoder:
             extra = {"use_cache": False}  # keys and values for a next token that never comes: gigabytes
-        out = self.lm(input_ids=input_ids, attention_mask=attention_mask, **extra)
-        h = self.pool(out, attention_mask)                    # (B, d_s)
-        o = self.heads["classifier"](self.drop(h))            # (B, C)
+        out = self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask, **extra)
+        prompt = attention_mask if labels is None else attention_mask * (labels != -100).cumsum(-1).eq(0)
+        h = self.pool(out, prompt)                            # (B, d_s)
+        h = h.to(self.heads["aux_classifier"].weight.dtype)   # a LoRA's base may sit in bf16
+        if not self.generates:
+            o = self.heads["classifier"](self.drop(h))        # (B, C)
+        else:
+            states, tokens, counts = h, input_ids[:, 0], [1] * len(h)  # the next token's bag needs no token
+            if labels is not None:  # the state at l predicts token l + 1; no logits of prompts are ever made
+                is_answer = labels[:, 1:] != -100                           # (B, L - 1)
+                states, tokens = out.last_hidden_state[:, :-1][is_answer], labels[:, 1:][is_answer]  # (N, .)
+                counts = is_answer.sum(1).tolist()
+            logits = self.lm.get_output_embeddings()(states.to(self.lm.dtype))  # (N, V)
+            losses, o = answer_losses(logits, tokens, counts, self.vocabulary)  # (B,), (B, V_a)
         p = self.heads["projection"](h)                       # (B, d)
         a = self.heads["aux_classifier"](self.drop(p))        # (B, C)
-        return Outputs(o, a, p)
+        return Outputs(o, a, p) if labels is None else (Outputs(o, a, p), losses)
 
     def pool(self, out, attention_mask):
         """One vector a text, the same whatever the padding: (B, L, d_s) -> (B, d_s)."""
@@ -85,53 +150,113 @@ class Student(nn.Module):
         # Re-entrant checkpointing drops all gradients, silently, if the inputs need none (frozen embeddings).
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
 
+    def _batches(self, rows, size, side="right"):
+        """(indices, their batch on the student's device), rows of similar length together: little padding."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        device = next(self.parameters()).device
+        for start in range(0, len(order), size):
+            chosen = order[start:start + size]
+            batch = collate([rows[i] for i in chosen], self.tokenizer.pad_token_id, side)
+            yield chosen, {key: value.to(device) for key, value in batch.items()}
+
     @torch.inference_mode()
     def answers(self, rows, batch_size=64, autocast=nullcontext, keep=0):
-        """For encoded rows: class ids (or scores), a list in order, and p_s (d,) of the first `keep`."""
-        training, device, found, p_s = self.training, self.heads["classifier"].weight.device, {}, {}
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))  # for little padding
+        """Lists, in the order of encoded rows: class ids (scores; where it generates, the losses of the
+        answers given with the rows), and p_s (d,) of the first `keep`."""
+        training, found, p_s = self.training, {}, {}
         self.eval()
-        for start in range(0, len(order), batch_size):
-            chosen = order[start:start + batch_size]
-            batch = collate([rows[i] for i in chosen], self.tokenizer.pad_token_id)
+        for chosen, batch in self._batches(rows, batch_size):
             with autocast():
-                out = self(**{key: value.to(device) for key, value in batch.items()})
-            found.update(zip(chosen, predictions(out.logits).tolist()))
+                out = self(**batch)
+            out, values = out if self.generates else (out, predictions(out.logits))
+            found.update(zip(chosen, values.tolist()))
             p_s.update((i, p) for i, p in zip(chosen, out.proj.float().cpu()) if i < keep)
         self.train(training)
         return [found[i] for i in range(len(rows))], [p_s[i] for i in range(len(p_s))]
 
+    @torch.inference_mode()
+    def generate(self, rows, batch_size=64, autocast=nullcontext, temperature=0):
+        """The texts that follow the prompts of encoded rows, in order: the likeliest tokens at temperature 0,
+        else sampled with torch's generator; up to end-of-text or settings["max_new_tokens"]."""
+        training, found = self.training, {}
+        prompts = [{"input_ids": row["input_ids"][:row["labels"].count(-100) if "labels" in row else None]}
+                   for row in rows]
+        how = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
+        self.eval()
+        with tqdm(total=len(rows), desc="generating", leave=False, disable=None) as bar:
+            # Padded on the left: what follows must stand next to its prompt. Positions follow the mask.
+            for chosen, batch in self._batches(prompts, batch_size, "left"):
+                with autocast():
+                    ids = self.lm.generate(**batch, **how, max_new_tokens=self.settings["max_new_tokens"])
+                new = ids[:, batch["input_ids"].size(1):]  # (B, at most max_new_tokens)
+                found.update(zip(chosen, self.tokenizer.batch_decode(new, skip_special_tokens=True)))
+                bar.update(len(chosen))
+        self.train(training)
+        return [found[i].strip() for i in range(len(rows))]
+
     def predict(self, texts):
         """Label names (scores for a regression), in order, of strings or, for a two-text task on an encoder,
-        (text_a, text_b) pairs. A decoder wants the prompt it was trained on, TASKS[...].prompt(example)."""
+        (text_a, text_b) pairs. A decoder wants the prompt it was trained on, TASKS[...].prompt(example); one
+        that generates answers with texts."""
         if isinstance(texts, str):
             raise UserError("predict wants a list of texts: predict([text])")
         pairs = [(text,) if isinstance(text, str) else text for text in texts]
         labels, longest = self.settings["labels"], self.settings["max_length"]
         cut = dict(truncation=True, max_length=longest, return_token_type_ids=not self.decoder)
-        answers, _ = self.answers([dict(self.tokenizer(*pair, **cut)) for pair in pairs])
+        rows = [dict(self.tokenizer(*pair, **cut)) for pair in pairs]
+        if self.generates:
+            return self.generate(rows)
+        answers, _ = self.answers(rows)
         return [labels[answer] for answer in answers] if labels else answers
 
+    def merge(self):
+        """Every LoRA becomes part of its linear map: from now on save() writes an ordinary model."""
+        for name, module in [*self.lm.named_modules()]:
+            if isinstance(module, LoRA):
+                self.lm.set_submodule(name, module.merged())
+        self.settings.update(lora=0, base=None)
+        return self
+
     def save(self, folder):
-        """A folder that AutoModel and AutoTokenizer open, plus heads.safetensors and student.json."""
-        self.lm.save_pretrained(folder)
+        """A folder that AutoTokenizer and AutoModel (where it generates, AutoModelForCausalLM) open, plus
+        heads.safetensors and student.json. Of LoRA only the adapters, in the format of peft's PeftModel."""
+        rank, base, folder = self.settings["lora"], self.settings["base"], Path(folder)
+        if rank:
+            folder.mkdir(exist_ok=True)
+            save_file({f"base_model.model.{name}": value for name, value in self.lm.state_dict().items()
+                       if ".lora_" in name}, folder / "adapter_model.safetensors")
+            (folder / "adapter_config.json").write_text(json.dumps({
+                "peft_type": "LORA", "task_type": "CAUSAL_LM" if self.generates else "FEATURE_EXTRACTION",
+                "base_model_name_or_path": SHORT_NAMES.get(base, base), "bias": "none",
+                "inference_mode": True, "r": rank, "lora_alpha": LoRA.alpha, "lora_dropout": LoRA.dropout,
+                "target_modules": LORA_TARGETS}))
+        else:
+            self.lm.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        save_file(self.heads.state_dict(), Path(folder, "heads.safetensors"))
-        Path(folder, "student.json").write_text(json.dumps(self.settings, indent=1))
+        save_file(self.heads.state_dict(), folder / "heads.safetensors")
+        (folder / "student.json").write_text(json.dumps(self.settings))
 
 def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
     """A Student from a short name (SHORT_NAMES), hub id or folder; "tiny" makes its vocabulary from `texts`.
-    settings: dropout, orthogonal, labels (names for predict) and max_length, as in Student."""
-    lm, tokenizer = _tiny(texts) if name_or_path == "tiny" else load_pretrained(name_or_path)
-    return Student(lm, tokenizer, num_labels, proj_dim, **settings)
+    settings: dropout, orthogonal, labels (names for predict), max_length, vocabulary (for generation),
+    max_new_tokens and lora (rank), as in Student."""
+    model_class = transformers.AutoModelForCausalLM if settings.get("vocabulary") else transformers.AutoModel
+    lm, tokenizer = _tiny(texts) if name_or_path == "tiny" else load_pretrained(name_or_path, model_class)
+    base = str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path
+    return Student(lm, tokenizer, num_labels, proj_dim, base=base, **settings)
 
 def load_student(folder):
     """The Student that save() wrote, on the CPU in eval mode. Neither teacher nor aligner is needed."""
     try:
         settings = json.loads(Path(folder, "student.json").read_text())  # before the model is loaded
-        student = Student(*load_pretrained(str(folder)), **settings)
+        model_class = transformers.AutoModelForCausalLM if settings["vocabulary"] else transformers.AutoModel
+        student = Student(*load_pretrained(settings["base"] or str(folder), model_class), **settings)
+        if settings["lora"]:
+            adapters = load_file(Path(folder, "adapter_model.safetensors"))
+            student.lm.load_state_dict({name.removeprefix("base_model.model."): value
+                                        for name, value in adapters.items()}, strict=False)
         student.heads.load_state_dict(load_file(Path(folder, "heads.safetensors")))
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} is damaged or no last/ or best/: {' '.join(str(error).split())}") from None
     return student.eval()
 
@@ -177,25 +302,36 @@ def check_available(name, file="config.json"):
     near = difflib.get_close_matches(name, [*SHORT_NAMES, "tiny"], 1) if repo == name else []
     raise UserError(f"could not fetch {repo}: {why}" + "".join(f"; did you mean {short}?" for short in near))
 
-def load_pretrained(name, model_class=transformers.AutoModel):
+def load_pretrained(name, model_class=transformers.AutoModel, weights=True):
     """(model, tokenizer) from a short name, hub id or folder; float32 whatever the checkpoint's dtype.
-    OPT's is float16, in which lr times gradient rounds to nothing, and which GradScaler refuses."""
+    OPT's is float16, in which lr times gradient rounds to nothing, and which GradScaler refuses.
+    Without weights: (None, tokenizer), after the same checks."""
     how, cut = check_available(name), {"num_hidden_layers": 6} if name == "bert-6l" else {}
+    generates = model_class is transformers.AutoModelForCausalLM
     try:
+        config = getattr(model_class, "config_class", transformers.AutoConfig).from_pretrained(**how)
+        if config.is_encoder_decoder or not hasattr(config, "hidden_size"):
+            raise UserError(f"{name} is a {config.model_type} model: give one like BERT or OPT")
+        if generates and not is_decoder(config):
+            raise UserError(f"{name} reads both ways, it cannot generate: give one like opt-125m or llama-7b")
         tokenizer = transformers.AutoTokenizer.from_pretrained(**how, padding_side="right")
+        # Without its files transformers invents an empty tokenizer, to which every text is the same.
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise UserError(f"{name} has no tokenizer files: copy tokenizer.json (or the vocabulary) into it")
+        if generates and tokenizer.eos_token is None:
+            raise UserError(f"{name}'s tokenizer has no eos_token, with which an answer ends")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token  # LLaMA: none
+        if not weights:
+            return None, tokenizer
         model, info = model_class.from_pretrained(**how, **cut, dtype=torch.float32, output_loading_info=True)
+    except UserError:
+        raise
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         missing = re.search("entencepiece|tiktoken", str(error))  # transformers names the wrong package
         more = "; pip install sentencepiece protobuf" if missing else ""
         raise UserError(f"could not load {name}: {' '.join(str(error).split())[:300]}{more}") from None
-    if model.config.is_encoder_decoder or not hasattr(model.config, "hidden_size"):
-        raise UserError(f"{name} is a {model.config.model_type} model: give one like BERT or OPT")
-    # Without its files transformers invents an empty tokenizer, to which every text is the same.
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise UserError(f"{name} has no tokenizer files: copy tokenizer.json (or the vocabulary) into it")
     if lacks := ", ".join(sorted(info["missing_keys"])[:3]):
-        if model_class is not transformers.AutoModel:  # a teacher, which nobody trains
+        if model_class is not transformers.AutoModel:  # a teacher, which nobody trains, or a vocabulary head
             raise UserError(f"{name} is no {model_class.__name__}: it lacks {lacks}")
         print(f"note: {name} lacks {lacks}, which start at random")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token  # LLaMA has none
     return model, tokenizer
