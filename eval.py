@@ -4,14 +4,16 @@
     python eval.py runs/rte [--plot]              # the table, each arm against its controls, a verdict
     python eval.py runs/rte/armada/0 runs/rte/undistilled/0   # two students, example by example (McNemar)
 """
+import contextlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from data import Parser, UserError, encode, find_task, load_task
+from data import ANSWERS, Parser, UserError, encode, find_task, load_task
 
 # ---- metrics -----------------------------------------------------------------------------------------------
 def _correlation(a, b):
@@ -19,9 +21,55 @@ def _correlation(a, b):
     constant = np.ptp(a) == 0 or np.ptp(b) == 0  # asked of the values: rounding leaves a - mean(a) off zero
     return 0.0 if constant else np.corrcoef(a, b)[0, 1]
 
+def extract_answer(text, reference):
+    """What a generated text answers, of the reference's family: "answer2", "true", "b", "1234.5"; or None. It
+    is the first after the last "answer is", else the last in the text."""
+    # DEVIATION from LLM-Adapters, which takes the first letter or word anywhere: the A of "A man has ...".
+    like = next(like for like in ANSWERS if re.fullmatch(like, reference))
+    like = like if like == ANSWERS[-1] else rf"(?<![A-Za-z0-9]){like}(?![A-Za-z0-9])"  # whole words
+    _, said, after = text.rpartition("answer is")
+    found = (re.findall(like, after)[:1] if said else []) or re.findall(like, text)[-1:]
+    return found[0].lower().replace(",", "") if found else None
+
+def rouge_l(output, reference):
+    """F1 of the longest common subsequence of words, c words long: 2 c / (words of both) (Lin 2004). Equal to
+    the package rouge-score without its stemmer."""
+    a, b = (re.findall("[a-z0-9]+", text.lower()) for text in (output, reference))
+    row = [0] * (len(b) + 1)  # c of the words of a so far and each beginning of b
+    for word in a:
+        above, row = row, [0]
+        for j, other in enumerate(b):
+            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
+    return 2 * row[-1] / max(1, len(a) + len(b))
+
+def generation_metrics(task, outputs, references):
+    """Of N texts and N tuples of references. accuracy: the extracted answer is right (a number to .001, as in
+    LLM-Adapters); answered: there is one. rouge_l_unstemmed, of the best reference, is ours; rouge_l that of
+    the package rouge-score with its stemmer, where it is installed."""
+    if "accuracy" in task.metrics:
+        found = [(extract_answer(text, answer), answer.lower())
+                 for text, (answer,) in zip(outputs, references)]
+        right = [said == answer or said is not None and bool(re.fullmatch(ANSWERS[-1], answer))
+                 and abs(float(said) - float(answer)) <= 1e-3 for said, answer in found]
+        answered = [said is not None for said, _ in found]
+        return {"accuracy": float(np.mean(right)), "answered": float(np.mean(answered))}
+    scorers = {}
+    with contextlib.suppress(ImportError):
+        from rouge_score.rouge_scorer import RougeScorer
+        stemmed = RougeScorer(["rougeL"], use_stemmer=True)
+        scorers["rouge_l"] = lambda text, reference: stemmed.score(reference, text)["rougeL"].fmeasure
+    scorers["rouge_l_unstemmed"] = rouge_l
+    return {name: float(np.mean([max(score(text, each) for each in several)
+                                 for text, several in zip(outputs, references)]))
+            for name, score in scorers.items()}
+
 def compute_metrics(task_name, predictions, labels):
-    """{metric: float} of a registered task, from N class ids (or scores) each. Undefined values are 0."""
-    task, p, y = find_task(task_name), np.asarray(predictions, float), np.asarray(labels, float)
+    """{metric: float} of a registered task, from N class ids (scores; texts and tuples of references) each.
+    Undefined values are 0."""
+    task = find_task(task_name)
+    if task.kind == "generate":
+        return generation_metrics(task, predictions, labels)
+    p, y = np.asarray(predictions, float), np.asarray(labels, float)
     if p.shape != y.shape or p.ndim != 1 or not len(p):
         raise ValueError(f"predictions {p.shape} and labels {y.shape} must be two equal, non-empty lists")
     classes = np.union1d(p, y) if len(task.labels) > 2 else [1]  # f1: mean over those seen, or that of "yes"
@@ -39,7 +87,13 @@ def score(task, examples, answers):
     return compute_metrics(task.name, answers, [example.label for example in examples]) if known else None
 
 def write_predictions(folder, split, task, examples, answers):
-    """predictions_SPLIT: index<TAB>prediction for GLUE's server or {"idx", "label"} lines for SuperGLUE's."""
+    """predictions_SPLIT: index<TAB>prediction for GLUE's server, {"idx", "label"} lines for SuperGLUE's; of
+    generated texts, lines with all that a person wants to read."""
+    if task.kind == "generate":
+        return (Path(folder) / f"predictions_{split}.jsonl").write_text("".join(json.dumps(
+            {"idx": each.idx, **each.fields, "references": each.label, "output": text}
+            | ({"answer": extract_answer(text, each.label[0])} if "accuracy" in task.metrics else {}),
+            ensure_ascii=False) + "\n" for each, text in zip(examples, answers)), encoding="utf-8")
     spelled = {"wsc": str.capitalize, "copa": int}.get(task.name, str)  # WSC's is True, WiC's is true
     rows = [(example.idx, spelled(task.labels[int(answer)]) if task.labels else f"{answer:.3f}")
             for example, answer in zip(examples, answers)]
@@ -157,8 +211,10 @@ def evaluate_cell(cell, metrics, data_dir):
     metrics.update(task=task.name, arm=config["arms"][0])
     def answers(folder, split):
         student = load_student(cell / folder).to(device)
-        rows, _ = encode(task, splits[split], student.tokenizer, config["max_length"], student.decoder)
-        return student.answers(rows)[0]
+        rows, _ = encode(task, splits[split], student.tokenizer, config["max_length"], student.decoder,
+                         config["max_new_tokens"])
+        return student.generate(rows, temperature=config["sampling_temperature"]) if student.generates else (
+            student.answers(rows)[0])
 
     if (cell / "best").exists():  # not in a run that was stopped before its first evaluation
         metrics.setdefault("best", {})["dev"] = score(task, splits["dev"], answers("best", "dev"))
@@ -196,7 +252,9 @@ def report(cells):
     """The text on {cell folder: metrics}, run by run; writes comparison.json into the folder of each run."""
     lines = []
     for run, task, arms in by_run(cells):
-        metric, scores, controls = task.metrics[0], {}, []
+        scored = [cell["dev"] for seeds in arms.values() for cell in seeds.values()]
+        metric = next(name for name in task.metrics if all(name in each for each in scored))
+        scores, controls = {}, []
         columns = {"last epoch": ("dev", metric), "best epoch*": ("best", "dev", metric),
                    "aligner alone": ("aligner", metric), "retrieval@1": ("spaces", "retrieval@1"),
                    "CKA": ("spaces", "cka")}

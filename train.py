@@ -19,10 +19,11 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
-from data import (CACHE, Parser, UserError, collate, encode, find_task, known, length_grouped_batches,
-                  load_task)
+from data import (CACHE, Parser, UserError, answer_bags, answer_vocabulary, bag_labels, collate, encode,
+                  find_task, known, length_grouped_batches, load_task)
 from teacher import ENCODERS, TEACHERS, build_teacher, open_vectors, split_spec
 
 # ---- configuration: every field is a flag ------------------------------------------------------------------
@@ -78,13 +79,17 @@ class Config:
     epochs: int = option(None, "Passes over the training data.", low=1)
     batch_size: int = option(32, "Examples per optimizer step.", low=1)
     micro_batch: int = option(None, "Examples in memory at once, a divisor of --batch-size; or all.", low=1)
-    max_length: int = option(128, "Tokens per text; a longer one has its longest field shortened.", low=4)
+    max_length: int = option(None, "Tokens per text; a longer one has its longest field shortened.", low=4)
+    max_new_tokens: int = option(None, "Of these, a generated answer has the last N.", low=1)
+    sampling_temperature: float = option(0.0, "Temperature to sample answers with; 0: the likeliest.", low=0)
+    lora: int = option(None, "Rank of LoRA adapters on a frozen language model; 0: train all weights.", low=0)
     lr: float = option(None, "The student's peak learning rate.", above=0)
     aligner_lr: float = option(1e-3, "The aligner's peak learning rate; 0 leaves it untrained.", low=0)
     device: str = option("auto", "Where to train: auto, cpu, cuda, cuda:N or mps.")
     amp: str = option("auto", "Mixed precision; auto: bf16 or fp16 on CUDA.", ("auto", "off", "bf16", "fp16"))
     grad_checkpoint: str = option("auto", "Recompute activations; auto: if large.", ("auto", "on", "off"))
     limit: int = option(None, "Keep only the first N training examples.", low=2)
+    eval_limit: int = option(None, "Score only the first N dev and test examples.", low=1)
     eval_every: int = option(None, "Epochs between evaluations, each with a checkpoint.", low=1)
 
     def __post_init__(self):
@@ -117,8 +122,11 @@ class Config:
 DEFAULTS = {
     "Default": {each.name: each.default for each in fields(Config) if each.default} | {
         "student": "bert-base", "teacher": "clip", "arms": "armada", "seeds": "0", "beta": 1.0, "epochs": 10,
-        "lr": 2e-5, "eval_every": 1},
+        "lr": 2e-5, "eval_every": 1, "max_length": 128, "max_new_tokens": 256, "lora": 0},
     "For objects": find_task("objects").defaults,
+    "For llama-...": {"lora": 8, "epochs": 3},
+    "For reason/... and instruct/...": find_task("instruct/dolly").defaults,
+    "For commonsense": {"max_new_tokens": find_task("reason/boolq").defaults["max_new_tokens"]},
     "Without --task": {"arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"}}
 
 def resolve(config):
@@ -130,8 +138,12 @@ def resolve(config):
     while Path(out).exists():  # a second run never touches the first
         out, n = f"runs/{task.name}-{n}", n + 1
     given = {name: value for name, value in vars(config).items() if value is not None}
-    config = Config(**{**DEFAULTS["Default"], **task.defaults, "micro_batch": config.batch_size, "out": out,
-                       **({} if config.task else DEFAULTS["Without --task"]), "task": task.name, **given})
+    llama = DEFAULTS["For llama-..."] if str(config.student).startswith("llama-") else {}
+    demonstration = {} if config.task else DEFAULTS["Without --task"]
+    config = Config(**{**DEFAULTS["Default"], **task.defaults, **llama, **demonstration, "out": out,
+                       "micro_batch": config.batch_size, "task": task.name, **given})
+    if config.student == "tiny" and (config.lora or task.kind == "generate"):
+        raise UserError("--student tiny is random: for --lora and to generate give opt-125m, llama-7b ...")
     for arm in config.arms:
         replace(config, **ARMS[known(arm, ARMS, "arm")])  # its overrides are checked like flags
     if config.batch_size % config.micro_batch:
@@ -182,11 +194,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 from align import TSAligner
-from losses import aligner_loss, predictions, student_loss
-from student import build_student, check_available, load_student
+from losses import aligner_loss, predictions, student_loss, task_loss
+from student import build_student, check_available, load_pretrained, load_student
 
 # ---- small pieces of the loop ------------------------------------------------------------------------------
 def seed_of(*parts):
@@ -219,7 +232,7 @@ def precision(config):
     scalers = {role: torch.amp.GradScaler(device.type, enabled=role == "student" and amp == "fp16")
                for role in ("aligner", "student")}  # the aligner is float32 whatever the student is
     why = f"{device}, amp {amp} ({why})"
-    return device, lambda: torch.autocast(device.type, dtype, enabled=amp != "off"), scalers, why
+    return device, partial(torch.autocast, device.type, dtype, amp != "off"), scalers, why
 
 @contextmanager
 def replacing(path):
@@ -271,7 +284,9 @@ def means(waiting, facts, scaler):
 class Data:
     """Examples, teacher vectors (of each teacher an arm looks at) and token ids, once for all cells."""
     def __init__(self, config):
-        self.task = find_task(config.task)
+        self.task, tokenizer = find_task(config.task), None
+        if self.task.kind == "generate":  # first of all, for the student may be unable to
+            _, tokenizer = load_pretrained(config.student, AutoModelForCausalLM, weights=False)
         self.splits = load_task(config.task, config.data_dir, config.cache_dir)
         self.rows, self.vectors = {}, {}  # token ids by split; readers of vectors by teacher and split
         self.dim = config.proj_dim        # of the shared projection space; the width of --teacher by default,
@@ -286,7 +301,16 @@ class Data:
                 self.vectors[spec], _ = open_vectors(teacher, self.task, self.splits, config.cache_dir,
                                                      config.limit, config.max_pictures)
         self.splits["train"] = self.splits["train"][:config.limit]
-        self.labels = torch.tensor([example.label for example in self.splits["train"]])  # (N,) int64/float32
+        for split in self.splits.keys() - {"train"}:
+            self.splits[split] = self.splits[split][:config.eval_limit]
+        self.num_labels, self.vocabulary = max(1, len(self.task.labels)), ()
+        if tokenizer:  # to generate: the label is a bag of the answer's tokens
+            train, dev = (answer_bags(self.task, self.splits[split], tokenizer) for split in ("train", "dev"))
+            self.vocabulary = answer_vocabulary(train)  # V_a; labels are (N, |V_a|) distributions over it
+            self.num_labels = len(self.vocabulary)
+            self.labels, self.dev_labels = (bag_labels(bags, self.vocabulary) for bags in (train, dev))
+        else:
+            self.labels = torch.tensor([each.label for each in self.splits["train"]])  # (N,) int64/float32
 
     def encode(self, student, config):
         """Token ids of every split, by the first cell's tokenizer (all cells have the same)."""
@@ -294,7 +318,8 @@ class Data:
         if longest > most:
             raise UserError(f"--max-length {longest}: {config.student} reads at most {most} tokens")
         for split, examples in self.splits.items():
-            self.rows[split], short = encode(self.task, examples, student.tokenizer, longest, student.decoder)
+            self.rows[split], short = encode(self.task, examples, student.tokenizer, longest, student.decoder,
+                                             config.max_new_tokens)
             if short:
                 print(f"{split}: {short} of {len(examples)} texts had over {longest} tokens: cut", flush=True)
 
@@ -321,30 +346,35 @@ class Cell:
         self.config, self.data, self.folder, self.seed = config, data, folder, config.seeds[0]
         self.done, self.best, self.seconds, self.lines = 0, None, 0.0, []  # lines: of log.jsonl
         self.device, self.autocast, self.scalers, _ = precision(config)
-        labels, last = max(1, len(data.task.labels)), folder / "last"
+        last = folder / "last"
         settle(folder / "best")
         settle(last)
         saved = (last / "training.json").exists()
         torch.manual_seed(seed_of(self.seed, "student"))
         texts = [text for example in data.splits["train"] for text in data.task.pair(example) if text]
         self.student = load_student(last) if saved else build_student(
-            config.student, labels, data.dim, texts, orthogonal=config.orthogonal_student,
-            labels=data.task.labels, max_length=config.max_length)
+            config.student, data.num_labels, data.dim, texts, orthogonal=config.orthogonal_student,
+            labels=data.task.labels, max_length=config.max_length, vocabulary=data.vocabulary,
+            max_new_tokens=config.max_new_tokens, lora=config.lora)
         large = sum(p.numel() for p in self.student.lm.parameters()) > 300e6 and self.device.type == "cuda"
         if config.grad_checkpoint == "on" or (config.grad_checkpoint == "auto" and large):
             self.student.checkpoint_gradients()
+        if config.lora and torch.bfloat16 in self.autocast.args:
+            for weight in self.student.lm.parameters():  # half the memory; autocast rounds in products anyway
+                weight.data = weight.data if weight.requires_grad else weight.data.bfloat16()
         torch.manual_seed(seed_of(self.seed, "aligner"))
         self.aligner = self.vectors = None
         if is_distilled(config):
             self.vectors, self.lookup = data.vectors[config.teacher], data.lookup(config, self.seed)
-            self.aligner = TSAligner(self.vectors["dev"]([0]).shape[1], labels, proj_dim=data.dim)
+            self.aligner = TSAligner(self.vectors["dev"]([0]).shape[1], data.num_labels, proj_dim=data.dim)
         models = [("aligner", self.aligner), ("student", self.student)]  # in the order of an epoch
         self.models = torch.nn.ModuleDict([pair for pair in models if pair[1]]).to(self.device)
         if data.task.kind == "regress" and not saved:  # a relu starting below 0 stays there: one seed in ten
             for name, value in self.models.named_parameters():
                 if name.endswith("classifier.bias"):
                     torch.nn.init.constant_(value, data.labels.mean().item())
-        self.optimizers = {role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
+        self.optimizers = {role: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                                   weight_decay=0.01, fused=True)
                            for role, model in self.models.items()}
         if not data.rows:
             data.encode(self.student, config)
@@ -389,23 +419,35 @@ class Cell:
 
     def evaluate(self, split="dev"):
         """(metrics, predictions, p_s of the first texts) of a split; metrics are None for unknown labels."""
-        size = 2 * self.config.micro_batch  # no activations are kept for a backward pass
-        answers, p_s = self.student.answers(self.data.rows[split], size, self.autocast, keep=1000)
-        return evaluation.score(self.data.task, self.data.splits[split], answers), answers, p_s
+        how = 2 * self.config.micro_batch, self.autocast  # no activations are kept for a backward pass
+        rows, examples, loss = self.data.rows[split], self.data.splits[split], {}
+        if not self.student.generates:
+            answers, p_s = self.student.answers(rows, *how, keep=1000)
+        else:
+            losses, p_s = self.student.answers(rows, *how, keep=1000) if split == "dev" else ((), ())
+            loss = {"loss": sum(losses) / len(losses)} if losses else {}  # test files may hold wrong outputs
+            torch.manual_seed(seed_of(self.seed, "sample", split))
+            answers = self.student.generate(rows, *how, self.config.sampling_temperature)
+        scores = evaluation.score(self.data.task, examples, answers)
+        return {**scores, **loss} if scores else None, answers, p_s
 
     @torch.inference_mode()
     def evaluate_aligner(self, p_s):
         """The aligner's own scores on the dev split's true vectors, and how well p_s meets its p_t."""
         if self.aligner is None:
             return {"aligner": None, "spaces": None}
-        dev, answers = self.data.splits["dev"], []
+        dev, logits = self.data.splits["dev"], []
         for i in reversed(range(0, len(dev), 1000)):  # the first rows last: their p_t stays, as their p_s did
             e = torch.from_numpy(self.vectors["dev"](range(i, min(i + 1000, len(dev))))).to(self.device)
-            logits, _, p_t = self.aligner.eval()(e)
-            answers = predictions(logits).tolist() + answers
+            o_t, _, p_t = self.aligner.eval()(e)
+            logits.insert(0, o_t)
+        logits = torch.cat(logits)
         p_t, p_s = p_t.cpu().numpy(), torch.stack(p_s).numpy()
         spaces = {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s), "cka": evaluation.linear_cka(p_t, p_s)}
-        return {"aligner": evaluation.score(self.data.task, dev, answers), "spaces": spaces}
+        scores = ({"loss": task_loss(logits, self.data.dev_labels.to(logits)).item()}
+                  if self.student.generates else
+                  evaluation.score(self.data.task, dev, predictions(logits).tolist()))
+        return {"aligner": scores, "spaces": spaces}
 
     def log(self, line):
         self.lines.append(line)
@@ -429,10 +471,12 @@ def update(cell, epoch, role, step, rows):
             with torch.no_grad():  # the aligner is frozen here: eval mode, no graph, float32
                 target = aligner.eval()(e) if aligner else None
             with cell.autocast():
-                out = model(**{key: value.to(device) for key, value in x.items()})
+                out, answer_loss = model(**{key: value.to(device) for key, value in x.items()}), None
+            if model.generates:
+                out, answer_loss = out[0], out[1].mean()
             loss, parts = student_loss(
                 out, target, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma, kind=config.loss,
-                temperature=config.temperature, output_factor=config.output_factor)
+                temperature=config.temperature, output_factor=config.output_factor, answer_loss=answer_loss)
         share = len(part) / len(rows)  # of the batch: exact for a short last micro-batch too
         scaler.scale(loss * share).backward()
         for name, value in {**parts, "loss": loss}.items():
@@ -447,12 +491,14 @@ def update(cell, epoch, role, step, rows):
 def run(cell):
     """Train one cell from where it stands to the end: the aligner's epoch, the student's epoch, and again."""
     config, data, began = cell.config, cell.data, time.perf_counter() - cell.seconds
-    rates, headline = {"aligner": config.aligner_lr, "student": config.lr}, data.task.metrics[0]
+    rates = {"aligner": config.aligner_lr, "student": config.lr}
     steps = math.ceil(len(data.labels) / config.batch_size)  # an epoch's, for each role
     if cell.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(cell.device)
     bar = tqdm(cell.schedule(), total=steps * config.epochs * len(cell.models), leave=False, disable=None,
                desc=f"{config.arms[0]} seed {cell.seed}")
+    if cell.student.generates and not cell.done:  # what a pretrained student answers before it is trained
+        cell.log({"epoch": 0, "dev": cell.evaluate()[0]})
     with interruptible() as pressed, bar:
         waiting, tokens, read_at = [], 0, time.perf_counter()  # since the last line of the log
         for count, (epoch, role, step, rows) in enumerate(bar, 1):
@@ -476,6 +522,7 @@ def run(cell):
             if due:
                 scores, _, p_s = cell.evaluate()
                 cell.log({"epoch": epoch + 1, "dev": scores, **cell.evaluate_aligner(p_s)})
+                headline = next(iter(scores))
                 if cell.best is None or scores[headline] > cell.best["dev"][headline]:
                     cell.best = {"epoch": epoch + 1, "dev": scores}
                     with replacing(cell.folder / "best") as new:
@@ -496,7 +543,9 @@ def finish(cell):
         "seed": cell.seed, "control": not is_distilled(config) or config.pairing != "own",
         "best": cell.best, "aligner": cell.lines[-1]["aligner"], "spaces": cell.lines[-1]["spaces"],
         "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
-        "parameters": sum(p.numel() for p in cell.student.parameters()), "seconds": round(cell.seconds, 1),
+        "parameters": sum(p.numel() for p in cell.student.parameters()),
+        "trained": sum(p.numel() for p in cell.student.parameters() if p.requires_grad),
+        "seconds": round(cell.seconds, 1),
         "peak_memory_mib": torch.cuda.max_memory_allocated(cell.device) >> 20 if gpu else 0}
     for split in [split for split in data.splits if split != "train"]:
         metrics[split], answers, _ = cell.evaluate(split)

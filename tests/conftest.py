@@ -6,9 +6,11 @@ import threading
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel
 
 import student as student_module
-from data import TASKS
+from data import ALPACA, TASKS
 
 torch.set_num_threads(1)  # as the command line does for small models: sums in another order round otherwise
 
@@ -56,6 +58,46 @@ def model_folder(tmp_path_factory):
         return made[family, dtype]
 
     return make
+
+REASONING = [(f"Please choose the correct answer to the question: what is {i} plus {i}?\n\nAnswer1: "
+              f"{3 * i + 1} Answer2: {2 * i}\n\nAnswer format: answer1/answer2",
+              f"the correct answer is answer{1 + i % 2}", f"answer{1 + i % 2}") for i in range(10)]
+
+@pytest.fixture(scope="session")
+def causal_folder(tmp_path_factory):
+    """family -> a folder with a random language model, vocabulary head included, and a byte-level BPE, to
+    which " answer" and "answer" are two tokens, as to LLaMA's and OPT's."""
+    made = {}
+
+    def make(family="llama"):
+        if family not in made:
+            backend = Tokenizer(models.BPE())
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            backend.decoder = ByteLevel()
+            trainer = trainers.BpeTrainer(
+                vocab_size=600, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+            backend.train_from_iterator([*ALPACA, *(text for row in REASONING for text in row)] * 9, trainer)
+            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>",
+                                                             eos_token="</s>", pad_token="<pad>")
+            config = family_config(family, len(tokenizer))
+            config.update(dict(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_position_embeddings=512))
+            torch.manual_seed(0)
+            made[family] = str(tmp_path_factory.mktemp(f"causal-{family}"))
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(made[family])
+            tokenizer.save_pretrained(made[family])
+        return made[family]
+
+    return make
+
+def write_reasoning(root, train=REASONING, test=REASONING):
+    """reasoning/train_commonsense.json and ARC-Easy/test.json as LLM-Adapters has them; returns root."""
+    folder = root / "reasoning" / "ARC-Easy"
+    folder.mkdir(parents=True)
+    for path, rows in ((folder.parent / "train_commonsense.json", train), (folder / "test.json", test)):
+        path.write_text(json.dumps([dict(zip(("instruction", "output", "answer"), row), input="")
+                                    for row in rows]))
+    return str(root)
 
 def official_row(task, form, i, label):
     """Row i of a made-up official file: each text column holds its own words, so a lost one is noticed."""
@@ -105,7 +147,7 @@ def official(tmp_path_factory):
     """A data folder with small official files of all fourteen understanding tasks."""
     root = tmp_path_factory.mktemp("official")
     for task in TASKS.values():
-        if task.name != "objects":
+        if task.name != "objects" and task.kind != "generate":
             write_official(task, root)
     return str(root)
 

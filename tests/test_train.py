@@ -267,7 +267,7 @@ def test_every_flag_of_the_losses_reaches_them(tmp_path, monkeypatch):
                    proj_dim=50, orthogonal_student=True, grad_checkpoint="on", output_factor=0.1)
     run(cell)
     assert seen[0] == 0.2 and seen[-1] == dict(alpha=0.3, beta=7.0, gamma=0.2, temperature=3.0, kind="cosine",
-                                               output_factor=0.1)
+                                               output_factor=0.1, answer_loss=None)
     assert cell.student.lm.is_activation_checkpointing or cell.student.lm.is_gradient_checkpointing
     assert isinstance(cell.student.heads["projection"], Householder) and cell.aligner.projection.out_dim == 50
 
