@@ -200,14 +200,16 @@ def find_cells(runs):
                 raise UserError(f"{path} is damaged: delete it and --resume the run") from None
     return cells
 
-def evaluate_cell(cell, metrics, data_dir):
-    """Score a cell's saved students again, into `metrics` and predictions_* -> who is right on dev."""
+def evaluate_cell(cell, metrics, data_dir, other_task=None):
+    """Score a cell's saved students again, into `metrics` and predictions_* -> who is right on dev. other_task
+    has another test file for the same training: then that alone, into predictions_TASK."""
     import torch
     from student import load_student
     print(f"scoring {cell}", file=sys.stderr)
     config = json.loads((cell / "config.json").read_text())
-    task, device = find_task(config["task"]), "cuda" if torch.cuda.is_available() else "cpu"
-    splits = load_task(task.name, data_dir or config["data_dir"], config["cache_dir"])
+    task, device = find_task(other_task or config["task"]), "cuda" if torch.cuda.is_available() else "cpu"
+    splits = {split: examples if split == "train" else examples[:config["eval_limit"]] for split, examples in
+              load_task(task.name, data_dir or config["data_dir"], config["cache_dir"]).items()}
     metrics.update(task=task.name, arm=config["arms"][0])
     def answers(folder, split):
         student = load_student(cell / folder).to(device)
@@ -216,6 +218,11 @@ def evaluate_cell(cell, metrics, data_dir):
         return student.generate(rows, temperature=config["sampling_temperature"]) if student.generates else (
             student.answers(rows)[0])
 
+    if other_task:
+        found = answers("last", "test")
+        write_predictions(cell, task.name.replace("/", "_"), task, splits["test"], found)
+        metrics["test"] = score(task, splits["test"], found)
+        return []
     if (cell / "best").exists():  # not in a run that was stopped before its first evaluation
         metrics.setdefault("best", {})["dev"] = score(task, splits["dev"], answers("best", "dev"))
     found = {split: answers("last", split) for split in splits if split != "train"}
@@ -258,17 +265,20 @@ def report(cells):
         columns = {"last epoch": ("dev", metric), "best epoch*": ("best", "dev", metric),
                    "aligner alone": ("aligner", metric), "retrieval@1": ("spaces", "retrieval@1"),
                    "CKA": ("spaces", "cka")}
+        split = "dev"  # compares the arms; to generate, dev is a part of the training file, and test the score
+        if task.kind == "generate":
+            split, columns = "test", {"untrained": ("untrained", metric), **columns, "test": ("test", metric)}
         rows = [("arm", "seeds", *columns, "gradient")]
         for arm, seeds in arms.items():
             norms = [cell["grad_norm"] for cell in seeds.values() if "grad_norm" in cell]
             rows.append((arm, str(len(seeds)), *(spread(seeds.values(), *keys) for keys in columns.values()),
                          f"{np.mean(norms):.2f}" if norms else "-"))
             # Only finished cells are compared; one that was stopped on its way has no "control" to tell.
-            scores[arm] = {seed: cell["dev"][metric] for seed, cell in seeds.items() if "control" in cell}
+            scores[arm] = {seed: cell[split][metric] for seed, cell in seeds.items() if "control" in cell}
             controls += [arm] if any(cell.get("control") for cell in seeds.values()) else []
         compared = compare(scores, controls)
         lines += [f"{task.name}: dev {metric} in %, mean ± standard deviation over seeds", *aligned(rows),
-                  "* chosen on dev, so too good: compare arms by the last epoch", *verdicts(compared)]
+                  "* chosen on dev, so too good: compare arms by the last epoch", *verdicts(compared, split)]
         if cells.keys() >= {path.parent for path in run.glob("*/*/metrics.json")}:  # not for a part of a run
             answer = {arm: {"scores": by_seed, "interval": bootstrap_interval([*by_seed.values()]),
                             **compared.get(arm, {})} for arm, by_seed in scores.items() if by_seed}
@@ -276,7 +286,7 @@ def report(cells):
             (run / "comparison.json").write_text(json.dumps(answer, indent=1))
     return "\n".join(lines)
 
-def verdicts(compared):
+def verdicts(compared, split="dev"):
     """The lines on compare()'s answer, an arm each."""
     def words(row):
         interval = " [{:+.1f}, {:+.1f}]".format(*100 * np.array(row["interval"])) if row["interval"] else ""
@@ -290,7 +300,8 @@ def verdicts(compared):
         more = f" every control: {', '.join(each)}" if answer["verdict"] == "BEATS" else note and f" ({note})"
         beside = [words(row) if row else "-" for row in (each.get("undistilled"), answer["to_armada"])]
         rows.append((arm, beside[0], f"{words(each[best])} ({best})", beside[1], answer["verdict"] + more))
-    return ["differences paired by seed, in points [95 % interval], p after Holm (to armada: as it is)",
+    return [f"differences {'' if split == 'dev' else f'on {split} '}paired by seed, in points [95 % interval], "
+            "p after Holm (to armada: as it is)",
             *aligned(rows)]
 
 def main(argv=None):
@@ -298,13 +309,14 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="A run, part of it, or two ARM/SEED folders.")
     parser.add_argument("--plot", action="store_true", help="Draw curves, arms and doses into RUN.")
     parser.add_argument("--rescore", action="store_true", help="Score finished cells again too.")
+    parser.add_argument("--task", help="Score on the test file of this task, trained on the same files.")
     parser.add_argument("--data-dir", help="Folder of the task files, where they have moved since.")
     args = parser.parse_args(argv)
     try:
         cells = find_cells(args.runs)
         pair = len(args.runs) == 2 and list(cells) == [Path(run).resolve() for run in args.runs]
-        right = [evaluate_cell(folder, metrics, args.data_dir) for folder, metrics in cells.items()
-                 if pair or args.rescore or not metrics]
+        right = [evaluate_cell(folder, metrics, args.data_dir, args.task) for folder, metrics in cells.items()
+                 if pair or args.rescore or args.task or not metrics]
         from tests.figures import agreement, plot  # what is not needed for a verdict lies in tests/
         print(agreement(cells, right) if pair else report(cells))
         if args.plot and not pair:

@@ -541,6 +541,7 @@ def finish(cell):
     metrics = {
         "task": data.task.name, "student": config.student, "teacher": config.teacher, "arm": config.arms[0],
         "seed": cell.seed, "control": not is_distilled(config) or config.pairing != "own",
+        **({"untrained": cell.lines[0]["dev"]} if cell.student.generates else {}),
         "best": cell.best, "aligner": cell.lines[-1]["aligner"], "spaces": cell.lines[-1]["spaces"],
         "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
         "parameters": sum(p.numel() for p in cell.student.parameters()),

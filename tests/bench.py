@@ -208,7 +208,7 @@ def trainer_ratio(args, build, rows, labels, pad):
     config = dataclasses.replace(config, **training.ARMS["undistilled"])
     example = Example({"premise": "", "hypothesis": ""}, 0, 0, "")
     data = SimpleNamespace(task=TASKS["rte"], splits={"train": [example]}, rows={"train": rows[:count]},
-                           labels=labels[:count], dim=1024, encode=lambda *_: None)
+                           labels=labels[:count], dim=1024, encode=lambda *_: None, num_labels=2, vocabulary=())
     training.build_student, training.finish = lambda *a, **k: build(), lambda cell: None
     with tempfile.TemporaryDirectory() as folder:
         cell = training.Cell(config, data, Path(folder))
