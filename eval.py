@@ -201,8 +201,8 @@ def find_cells(runs):
     return cells
 
 def evaluate_cell(cell, metrics, data_dir, other_task=None):
-    """Score a cell's saved students again, into `metrics` and predictions_* -> who is right on dev. other_task
-    has another test file for the same training: then that alone, into predictions_TASK."""
+    """Score a cell's saved students again, into `metrics` and predictions_* -> who is right on dev. Given
+    another task, which is trained on the same files: on its test file alone, into predictions_TASK."""
     import torch
     from student import load_student
     print(f"scoring {cell}", file=sys.stderr)
@@ -265,7 +265,7 @@ def report(cells):
         columns = {"last epoch": ("dev", metric), "best epoch*": ("best", "dev", metric),
                    "aligner alone": ("aligner", metric), "retrieval@1": ("spaces", "retrieval@1"),
                    "CKA": ("spaces", "cka")}
-        split = "dev"  # compares the arms; to generate, dev is a part of the training file, and test the score
+        split = "dev"  # whose scores compare the arms
         if task.kind == "generate":
             split, columns = "test", {"untrained": ("untrained", metric), **columns, "test": ("test", metric)}
         rows = [("arm", "seeds", *columns, "gradient")]
@@ -300,8 +300,9 @@ def verdicts(compared, split="dev"):
         more = f" every control: {', '.join(each)}" if answer["verdict"] == "BEATS" else note and f" ({note})"
         beside = [words(row) if row else "-" for row in (each.get("undistilled"), answer["to_armada"])]
         rows.append((arm, beside[0], f"{words(each[best])} ({best})", beside[1], answer["verdict"] + more))
-    return [f"differences {'' if split == 'dev' else f'on {split} '}paired by seed, in points [95 % interval], "
-            "p after Holm (to armada: as it is)",
+    where = "" if split == "dev" else f"on {split} "
+    return [f"differences {where}paired by seed, in points [95 % interval], p after Holm "
+            "(to armada: as it is)",
             *aligned(rows)]
 
 def main(argv=None):

@@ -68,14 +68,11 @@ class Painter(Teacher):
     def paint(self, text):
         """What encode flattens, (4, 16, 16)."""
         picture, words = np.zeros((4, 16, 16)), re.findall(r"\w+", text.lower())
-        for word in words:
-            if word not in OBJECTS:
-                own = _generator("word", word)
-                picture[:3, own.integers(16), own.integers(16)] += 0.1 * own.random(3)
-        things = [word for word in words if word in OBJECTS]
+        for own in [_generator("word", word) for word in words if word not in OBJECTS]:
+            picture[:3, own.integers(16), own.integers(16)] += 0.1 * own.random(3)
+        things = [OBJECTS[word] for word in words if word in OBJECTS]
         y, x = np.mgrid[:16, :16] + 0.5  # pixel centres
-        for i, thing in enumerate(things):
-            size, colour, shape = OBJECTS[thing]
+        for i, (size, colour, shape) in enumerate(things):
             half = 8 / len(things)       # half the width of this object's share of the canvas
             dx, dy = (x - (2 * i + 1) * half) / half, (y - 8) / 8  # -1 .. 1 inside it
             distance = {"disc": np.hypot(dx, dy), "box": np.maximum(abs(dx), abs(dy)),
@@ -398,14 +395,14 @@ def fill(teacher, items, keys, cache, most=None):
         raise UserError(f"--max-pictures {most} are made, {len(missing) - most} to go: type the same again")
     return len(todo)
 
-def open_vectors(teacher, task, examples, cache_dir, limit=None, most=None):
+def open_vectors(teacher, task, examples, cache_dir, limit=None, most=None, eval_limit=None):
     """({split: the function rows -> float32 (n, dim)}, how many were made now). MNLI's vectors are 1.6 GB, so
-    they are read a batch at a time. A costly teacher is not asked for training texts beyond `limit`."""
+    they are read a batch at a time. A costly teacher is not asked for texts beyond `limit`, `eval_limit`."""
     texts, made = {split: [task.prompt(each) for each in examples[split]] for split in ("train", "dev")}, 0
     n = len(texts["train"][:limit])
     if teacher.costly:
         cache = teacher.cache = Cache(cache_dir)  # in which a teacher may keep what it buys on the way
-        items = teacher.items("train", texts["train"][:n]) + teacher.items("dev", texts["dev"])
+        items = teacher.items("train", texts["train"][:n]) + teacher.items("dev", texts["dev"][:eval_limit])
         keys = np.array([Cache.key(teacher.name, item) for item in items], np.int64)
         made = fill(teacher, items, keys, cache, most)
         readers = {"train": cache.reader(keys[:n]), "dev": cache.reader(keys[n:])}

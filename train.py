@@ -144,6 +144,9 @@ def resolve(config):
                        "micro_batch": config.batch_size, "task": task.name, **given})
     if config.student == "tiny" and (config.lora or task.kind == "generate"):
         raise UserError("--student tiny is random: for --lora and to generate give opt-125m, llama-7b ...")
+    if task.kind == "generate" and config.max_new_tokens >= config.max_length:
+        raise UserError(f"--max-new-tokens {config.max_new_tokens} leaves a prompt no room: --max-length "
+                        f"{config.max_length} is for both")
     for arm in config.arms:
         replace(config, **ARMS[known(arm, ARMS, "arm")])  # its overrides are checked like flags
     if config.batch_size % config.micro_batch:
@@ -299,7 +302,7 @@ class Data:
                 raise UserError(f"--proj-dim {self.dim} is over {spec}'s {teacher.dim}: give that or less")
             if spec in wanted:
                 self.vectors[spec], _ = open_vectors(teacher, self.task, self.splits, config.cache_dir,
-                                                     config.limit, config.max_pictures)
+                                                     config.limit, config.max_pictures, config.eval_limit)
         self.splits["train"] = self.splits["train"][:config.limit]
         for split in self.splits.keys() - {"train"}:
             self.splits[split] = self.splits[split][:config.eval_limit]

@@ -3,6 +3,7 @@ Not a test: timings on a busy machine are noisy.
 
     python -m tests.bench                                           # a small random BERT and made-up texts
     python -m tests.bench ENCODER_FOLDER --data-dir FOLDER          # a local encoder on the real RTE
+    python -m tests.bench --lora DECODER_FOLDER --data-dir FOLDER   # LoRA against all weights, on ARC-Easy
 
 Lines: what is compared, the ratio, and the two medians in ms.
 """
@@ -23,9 +24,10 @@ import transformers
 
 import train as training
 from align import TSAligner
-from data import TASKS, Example, collate, encode, length_grouped_batches, load_task
+from data import (TASKS, Example, answer_bags, answer_vocabulary, bag_labels, collate, encode,
+                  length_grouped_batches, load_task)
 from losses import aligner_loss, student_loss
-from student import Student, _tiny, build_student
+from student import Student, _tiny, build_student, load_pretrained
 
 KW = dict(temperature=5.0, kind="manifold")
 
@@ -102,8 +104,11 @@ def main():
     parser.add_argument("encoder", nargs="?", help="Local folder of a pretrained encoder.")
     parser.add_argument("--data-dir", help="Folder that holds RTE/.")
     parser.add_argument("--rounds", type=int, default=10, help="Steps of each kind.")
+    parser.add_argument("--lora", metavar="FOLDER", help="Folder of a decoder: LoRA alone.")
     parser.add_argument("--memory", choices=("on", "off"), help=argparse.SUPPRESS)  # one process a setting
     args = parser.parse_args()
+    if args.lora:
+        return lora_ratio(args)
     build, rows, labels = texts_of(args)
     pad, batches = build().tokenizer.pad_token_id, length_grouped_batches(
         [len(r["input_ids"]) for r in rows], 32, 0)
@@ -181,6 +186,30 @@ def main():
     print(f"{'memory added by a step of 64 long texts: checkpointing on / off':<66} {on / off:6.3f}   "
           f"({on >> 10} MiB / {off >> 10} MiB)")
 
+def lora_ratio(args):
+    """A training step with LoRA of rank 8 / one of all weights, and the adapters' share of the parameters."""
+    task, examples = TASKS["reason/arc_e"], load_task("reason/arc_e", args.data_dir)["train"][:160]
+    _, tokenizer = load_pretrained(args.lora, transformers.AutoModelForCausalLM, weights=False)
+    rows, _ = encode(task, examples, tokenizer, 512, True, 32)
+    bags = answer_bags(task, examples, tokenizer)
+    vocabulary = answer_vocabulary(bags)
+    labels, steps = bag_labels(bags, vocabulary), {}
+    for name, rank in (("full", 0), ("lora", 8)):
+        student = build_student(args.lora, len(vocabulary), 1024, vocabulary=vocabulary, lora=rank).train()
+        share = sum(p.numel() for p in student.lm.parameters() if p.requires_grad) / sum(
+            p.numel() for p in student.lm.parameters())
+        print(f"{name}: {share:.3%} of the language model's parameters train")
+        student.optimizer = torch.optim.AdamW(
+            [p for p in student.parameters() if p.requires_grad], weight_decay=0.01, fused=True)
+
+        def step(i, student=student):
+            part = range(8 * i % 160, 8 * i % 160 + 8)
+            out, losses = student(**collate([rows[j] for j in part], tokenizer.pad_token_id))
+            optimizer_step(student, student_loss(out, None, labels[part], alpha=0, beta=0, gamma=0,
+                                                 answer_loss=losses.mean(), **KW)[0])
+        steps[name] = step
+    report("student step: LoRA rank 8 / all weights", interleave(args.rounds, **steps), "lora", "full")
+
 def trainer_ratio(args, build, rows, labels, pad):
     """Time of an epoch: train.py's own loop / Trainer with its defaults, on the same student and texts."""
     try:
@@ -208,7 +237,8 @@ def trainer_ratio(args, build, rows, labels, pad):
     config = dataclasses.replace(config, **training.ARMS["undistilled"])
     example = Example({"premise": "", "hypothesis": ""}, 0, 0, "")
     data = SimpleNamespace(task=TASKS["rte"], splits={"train": [example]}, rows={"train": rows[:count]},
-                           labels=labels[:count], dim=1024, encode=lambda *_: None, num_labels=2, vocabulary=())
+                           labels=labels[:count], dim=1024, encode=lambda *_: None, num_labels=2,
+                           vocabulary=())
     training.build_student, training.finish = lambda *a, **k: build(), lambda cell: None
     with tempfile.TemporaryDirectory() as folder:
         cell = training.Cell(config, data, Path(folder))

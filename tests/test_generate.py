@@ -60,6 +60,29 @@ def test_instruction_sets_train_on_dolly_and_may_have_several_references(tmp_pat
     assert splits["test"][0].label == ("a", "b") and splits["train"][0].output == "one"
     assert load_task("instruct/vicuna", str(tmp_path))["test"][0].fields == {"instruction": "do", "input": ""}
 
+@pytest.mark.parametrize("text, says", [
+    ('[{"instruction": "a", "output": "b", "answer": "answer1"},\n {"instruction"', "is not JSON"),
+    ('{"instruction": "a"}', "train_commonsense.json:1 is not a JSON object"),
+    ("[]", "train_commonsense.json has no rows"),
+    ('[{"instruction": "a", "answer": "true"}]', ":1 has no text 'output' or 'answer': found input, instr"),
+    ('[{"instruction": "a", "output": "b", "answer": true}]', ":1 has no text 'output' or 'answer'"),
+    ('[{"output": "b", "answer": "true"}]', ":1 has no text 'instruction'"),
+    ('[{"instruction": "a", "output": "b", "answer": "perhaps"}]', ":1 has the answer 'perhaps': expected"),
+])
+def test_a_broken_file_is_told_in_one_line_that_names_the_item(tmp_path, text, says):
+    root = write_reasoning(tmp_path)
+    (tmp_path / "reasoning/train_commonsense.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_task("reason/arc_e", root)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+def test_a_missing_reasoning_file_is_told_with_the_folder_that_is_wanted(tmp_path):
+    with pytest.raises(UserError, match="train_commonsense.json is missing: give --data-dir the folder that "
+                                        "holds reasoning/ARC-Easy/"):
+        load_task("reason/arc_e", str(tmp_path))
+    with pytest.raises(UserError, match="no official archive: put instruct/dolly/"):
+        load_task("instruct/dolly", None, str(tmp_path))
+
 def test_the_prompt_is_alpacas_with_and_without_an_input():
     """Word for word what MiniLLM's files hold as `prompt`."""
     prompt = TASKS["instruct/dolly"].prompt
@@ -89,8 +112,6 @@ def test_how_much_of_a_prompt_is_read_does_not_depend_on_its_answer(causal_folde
     prompts = [row["input_ids"][:row["labels"].count(-100)] for row in rows]
     assert prompts[0] == prompts[1] and len(prompts[0]) == 60 and len(rows[1]["input_ids"]) == 80 and cut == 3
     assert tokenizer.decode(prompts[0]).endswith("### Response:\n")  # the field was shortened, not the prompt
-    with pytest.raises(UserError, match="--max-new-tokens 100 leaves no room in --max-length 100"):
-        encode(TASK, [short], tokenizer, 100, True, 100)
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_answer_losses_and_bags_against_a_loop_over_positions(student, family):

@@ -47,6 +47,11 @@ def refused(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, says", [
     ("--task rtee", "unknown task 'rtee': did you mean rte?"),
+    ("--task reason/arce", "did you mean reason/arc_e?"),
+    ("--task instruct/dolly --student opt-125m --max-new-tokens 512", "--max-length 512 is for both"),
+    ("--task instruct/dolly --student tiny", "--student tiny is random"),
+    ("--lora 8", "--student tiny is random: for --lora"),
+    ("--task rte --lora -1", "--lora -1 must be a number at least 0"),
     ("--tusk rte", "did you mean --task?"),
     ("--teacher paintr", "unknown teacher 'paintr': did you mean painter?"),
     ("--loss cosin", "unknown --loss 'cosin': did you mean cosine?"),
