@@ -24,7 +24,7 @@ def _correlation(a, b):
 def extract_answer(text, reference):
     """What a generated text answers, of the reference's family: "answer2", "true", "b", "1234.5"; or None. It
     is the first after the last "answer is", else the last in the text."""
-    # DEVIATION from LLM-Adapters, which takes the first letter or word anywhere: the A of "A man has ...".
+    # DEVIATION: LLM-Adapters takes the first letter or word anywhere, such as the A of "A man has ...".
     like = next(like for like in ANSWERS if re.fullmatch(like, reference))
     like = like if like == ANSWERS[-1] else rf"(?<![A-Za-z0-9]){like}(?![A-Za-z0-9])"  # whole words
     _, said, after = text.rpartition("answer is")

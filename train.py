@@ -422,17 +422,17 @@ class Cell:
 
     def evaluate(self, split="dev"):
         """(metrics, predictions, p_s of the first texts) of a split; metrics are None for unknown labels."""
-        how = 2 * self.config.micro_batch, self.autocast  # no activations are kept for a backward pass
-        rows, examples, loss = self.data.rows[split], self.data.splits[split], {}
-        if not self.student.generates:
-            answers, p_s = self.student.answers(rows, *how, keep=1000)
-        else:
-            losses, p_s = self.student.answers(rows, *how, keep=1000) if split == "dev" else ((), ())
-            loss = {"loss": sum(losses) / len(losses)} if losses else {}  # test files may hold wrong outputs
-            torch.manual_seed(seed_of(self.seed, "sample", split))
-            answers = self.student.generate(rows, *how, self.config.sampling_temperature)
-        scores = evaluation.score(self.data.task, examples, answers)
-        return {**scores, **loss} if scores else None, answers, p_s
+        size, rows, examples = self.config.micro_batch, self.data.rows[split], self.data.splits[split]
+        if not self.student.generates:  # twice as many: no activations are kept for a backward pass
+            answers, p_s = self.student.answers(rows, 2 * size, self.autocast, keep=1000)
+            return evaluation.score(self.data.task, examples, answers), answers, p_s
+        torch.manual_seed(seed_of(self.seed, "sample", split))
+        answers = self.student.generate(rows, size, self.autocast, self.config.sampling_temperature)
+        scores, p_s = evaluation.score(self.data.task, examples, answers), []
+        if split == "dev":  # a test file's outputs may be wrong: some are another model's
+            losses, p_s = self.student.answers(rows, size, self.autocast, keep=1000)
+            scores["loss"] = sum(losses) / len(losses)
+        return scores, answers, p_s
 
     @torch.inference_mode()
     def evaluate_aligner(self, p_s):
