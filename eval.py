@@ -142,10 +142,8 @@ def bootstrap_interval(values, draws=10_000):
     return float(x.mean() - high * x.std(ddof=1)), float(x.mean() - low * x.std(ddof=1))
 
 def holm(ps):
-    """Holm's adjusted p, in the order given: the k-th smallest of m times m - k + 1, never falling."""
-    order, adjusted = np.argsort(ps), np.empty(len(ps))
-    adjusted[order] = np.maximum.accumulate(np.asarray(ps)[order] * np.arange(len(ps), 0, -1))
-    return np.minimum(adjusted, 1).tolist()
+    """Holm's adjusted p, in the order given: each times how many are not smaller, never falling, up to 1."""
+    return [min(1.0, max(p * sum(q >= p for q in ps) for p in ps if p <= mine)) for mine in ps]
 
 def mcnemar(right_a, right_b):
     """((both, only a, only b, neither) right, exact p) of two students on the same examples.

@@ -203,7 +203,7 @@ class Student(nn.Module):
         pairs = [(text,) if isinstance(text, str) else text for text in texts]
         labels, longest = self.settings["labels"], self.settings["max_length"]
         cut = dict(truncation=True, max_length=longest, return_token_type_ids=not self.decoder)
-        rows = [dict(self.tokenizer(*pair, **cut)) for pair in pairs]
+        rows = [dict(self.tokenizer(*pair, **({} if self.generates else cut))) for pair in pairs]
         if self.generates:
             return self.generate(rows)
         answers, _ = self.answers(rows)

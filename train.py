@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -186,8 +185,7 @@ def configure(argv=None):
         fail(error)
 
 def fail(message):
-    print(f"train.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2) from None
+    Parser().exit(2, f"train.py: error: {message}\n")
 
 if __name__ == "__main__":
     configure()  # --help and bad flags are answered here: importing torch takes seconds
@@ -605,8 +603,7 @@ def main(argv=None):
     except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
         fail(f"{error}; if {config.out} was begun, it is whole: mend this and --resume {config.out}")
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: python train.py --resume {config.out}", file=sys.stderr)
-        raise SystemExit(130) from None
+        Parser().exit(130, f"\nstopped; go on with: python train.py --resume {config.out}\n")
 
 if __name__ == "__main__":
     main()
