@@ -4,6 +4,7 @@
     python -m tests.findings losses RUN      # where each arm's training losses ended, mean over seeds
     python -m tests.findings majority DATA   # the share of each real task's most frequent dev label
     python -m tests.findings costs DATA      # seconds for 1,000 texts: the painter, a CLIP of random weights
+    python -m tests.findings generations RUN # a generation run before and after training, and ten texts of it
     python -m tests.findings tune            # the grid behind the defaults of `objects`; a quarter of an hour
 """
 import contextlib
@@ -83,9 +84,25 @@ def costs(data_dir):
         clip(input_ids=torch.randint(0, 49_000, (64, 77)))  # all at the most tokens that it reads
     print(f"clip {(time.perf_counter() - began) * 1000 / 64:.0f} s")
 
+def generations(run):
+    """Each arm's and seed's scores before and after training; ten generated texts of the first cell."""
+    cells = sorted(Path(run).glob("*/*/metrics.json"))
+    for cell in cells:
+        metrics, log = json.loads(cell.read_text()), (cell.parent / "log.jsonl").read_text()
+        untrained = json.loads(log.splitlines()[0])["dev"]
+        for when, scores in (("untrained dev", untrained), ("dev", metrics["dev"]), ("test", metrics["test"])):
+            words = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            print(f"{metrics['arm']} seed {metrics['seed']}, {when}: {words}")
+    for line in (cells[0].parent / "predictions_test.jsonl").read_text().splitlines()[:10]:
+        row = json.loads(line)
+        for name, text in (("prompt   ", row["instruction"]), ("reference", row["references"][0]),
+                           ("output   ", row["output"])):
+            print(name, " ".join(text.split())[:120])
+
 if __name__ == "__main__":
     try:
-        commands = {command.__name__: command for command in (pictures, losses, majority, tune, costs)}
+        commands = {command.__name__: command for command in (
+            pictures, losses, majority, tune, costs, generations)}
         commands[sys.argv[1]](*sys.argv[2:])
     except (IndexError, KeyError, TypeError, FileNotFoundError):
         sys.exit(__doc__)
