@@ -90,7 +90,8 @@ def generations(run):
     for cell in cells:
         metrics, log = json.loads(cell.read_text()), (cell.parent / "log.jsonl").read_text()
         untrained = json.loads(log.splitlines()[0])["dev"]
-        for when, scores in (("untrained dev", untrained), ("dev", metrics["dev"]), ("test", metrics["test"])):
+        told = {"untrained dev": untrained, "dev": metrics["dev"], "test": metrics["test"]}
+        for when, scores in told.items():
             words = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
             print(f"{metrics['arm']} seed {metrics['seed']}, {when}: {words}")
     for line in (cells[0].parent / "predictions_test.jsonl").read_text().splitlines()[:10]:
