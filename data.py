@@ -188,6 +188,8 @@ def load_task(name, data_dir=None, cache_dir=CACHE):
     if task.kind == "generate":
         *train, scored = [folder.parent / name for name in task.files]
         rows = _read(task, next(filter(Path.exists, train), train[0]), "train")
+        if len(rows) < 2:
+            raise UserError(f"{train[0]} has one row: a tenth of its rows, at least one, is to be dev")
         dev = set(random.Random(0).sample(range(len(rows)), -(-len(rows) // 10)))
         return {"train": [row for i, row in enumerate(rows) if i not in dev],
                 "dev": [rows[i] for i in sorted(dev)], "test": _read(task, folder / scored.name, "test")}
@@ -210,7 +212,9 @@ def _read(task, path, split):
         # utf-8-sig drops MRPC's byte-order mark; newline="\n" keeps a stray \r from splitting a row.
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             where = str(path)
-            for number, line in enumerate(json.load(file) if path.suffix == ".json" else file, 1):
+            if path.suffix == ".json" and not isinstance(file := json.load(file), list):
+                raise UserError(f"{path} is not a list of JSON objects: the file may be cut; fetch it again")
+            for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
                 if path.suffix == ".json":  # one list; the number is the item's
                     row = line
@@ -227,7 +231,8 @@ def _read(task, path, split):
                 examples.append(_example(task, row, split, len(examples), where))
     except FileNotFoundError:
         more = ", or leave it out to download them" if task.name in ARCHIVES else ""
-        raise UserError(f"{path} is missing: give --data-dir the folder that holds {task.folder}/ with the "
+        folder = task.folder.split("/")[0]  # of reasoning/ARC-Easy reasoning, where the training file lies
+        raise UserError(f"{path} is missing: give --data-dir the folder that holds {folder}/ with the "
                         f"official files{more}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
@@ -255,9 +260,9 @@ def _example(task, row, split, number, where):
     if task.kind == "generate":
         # s-ni has several references, a list.
         texts, answers = ([*text] if isinstance(text, list) else [text] for text in (row.get("output"), raw))
-        if not answers or not all(isinstance(text, str) for text in texts + answers):
+        if not texts or not answers or not all(isinstance(text, str) for text in texts + answers):
             raise UserError(f"{where} has no text 'output' or {task.label_column!r}: found {', '.join(row)}")
-        if task.label_column == "answer" and not any(re.fullmatch(like, raw) for like in ANSWERS):
+        if task.label_column == "answer" and not any(re.fullmatch(like, answers[0]) for like in ANSWERS):
             raise UserError(f"{where} has the answer {raw!r}: expected true, answer1 ..., A ... or a number")
         return Example(fields, tuple(answers), number, where, texts[0])
     if raw is not None or not split.startswith("test"):
@@ -362,28 +367,31 @@ def encode(task, examples, tokenizer, max_length, decoder, max_new_tokens=0):
     generates = task.kind == "generate"
     room = max_length - max_new_tokens * generates
     rows = [row for i in range(0, len(examples), 1000) for row in tokens(examples[i:i + 1000])]
-    shortened = sum(len(row["input_ids"]) > room for row in rows)
+    shortened = {i for i, row in enumerate(rows) if len(row["input_ids"]) > room}
     for i, example in enumerate(examples):
         while (over := len(rows[i]["input_ids"]) - room) > 0:
-            example = _shorten(example, tokenizer, room, over)
+            example = _shorten(example, tokenizer, max_length, over)
             rows[i] = tokens([example])[0]
         if generates:  # tokenised apart: generation then starts from exactly the tokens that training saw
             output = tokenizer(example.output, add_special_tokens=False, verbose=False)["input_ids"]
-            shortened += len(output) >= max_new_tokens
+            shortened |= {i} if len(output) >= max_new_tokens else set()
             output, prompt = [*output, tokenizer.eos_token_id][:max_new_tokens], rows[i]["input_ids"]
             rows[i] = {"input_ids": prompt + output, "labels": [-100] * len(prompt) + output}
-    return rows, shortened
+    return rows, len(shortened)
 
 def answer_bags(task, examples, tokenizer):
     """The token ids of each example's label, [[...], ...]: of its answer, where the task has one, else of the
-    whole output. The answer is looked up IN the output: " answer2" and "answer2" are other tokens."""
+    whole output. The answer is looked up IN the output, since " answer2" and "answer2" are other tokens; if
+    it is not there, the bag is empty and asks for nothing."""
     bags = []
     for example in examples:
-        text, answer = example.output, example.label[0] if task.label_column == "answer" else example.output
-        answer = re.sub(r"\.0+$", "", answer)  # 72.0 is written 72
-        first = max(0, text.rfind(answer))
-        last = first + len(answer) if answer in text else len(text)
+        text = example.output
         tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans = [(0, len(text))]
+        if task.label_column == "answer":
+            answer = re.escape(re.sub(r"\.0+$", "", example.label[0]))  # 72.0 is written 72
+            spans = [(0, 0), *(found.span() for found in re.finditer(rf"(?<!\w){answer}(?!\w)", text))]
+        first, last = spans[-1]
         bags.append([token for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"])
                      if start < last and end > first])
     return bags

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,15 @@ def _correlation(a, b):
     return 0.0 if constant else np.corrcoef(a, b)[0, 1]
 
 def extract_answer(text, reference):
-    """What a generated text answers, of the reference's family: "answer2", "true", "b", "1234.5"; or None. It
-    is the first after the last "answer is", else the last in the text."""
+    """What a generated text answers, of the reference's family: "answer2", "true", "b", "1234.5"; or None. In
+    the sentence after the last "answer is" it is the first word or letter, the last number ("is 3 + 4 = 7");
+    else the last in the text."""
     # DEVIATION: LLM-Adapters takes the first letter or word anywhere, such as the A of "A man has ...".
     like = next(like for like in ANSWERS if re.fullmatch(like, reference))
-    like = like if like == ANSWERS[-1] else rf"(?<![A-Za-z0-9]){like}(?![A-Za-z0-9])"  # whole words
-    _, said, after = text.rpartition("answer is")
-    found = (re.findall(like, after)[:1] if said else []) or re.findall(like, text)[-1:]
+    number = like == ANSWERS[-1]
+    like = like if number else rf"(?<![A-Za-z0-9]){like}(?![A-Za-z0-9])"  # whole words
+    sentence = re.split(r"\.\s|\n", text.rpartition("answer is")[2])[0] if "answer is" in text else ""
+    found = re.findall(like, sentence)[-1 if number else 0:][:1] or re.findall(like, text)[-1:]
     return found[0].lower().replace(",", "") if found else None
 
 def rouge_l(output, reference):
@@ -47,7 +50,7 @@ def generation_metrics(task, outputs, references):
     LLM-Adapters); answered: there is one. rouge_l_unstemmed, of the best reference, is ours; rouge_l that of
     the package rouge-score with its stemmer, where it is installed."""
     if "accuracy" in task.metrics:
-        found = [(extract_answer(text, answer), answer.lower())
+        found = [(extract_answer(text, answer), answer.lower().replace(",", ""))
                  for text, (answer,) in zip(outputs, references)]
         right = [said == answer or said is not None and bool(re.fullmatch(ANSWERS[-1], answer))
                  and abs(float(said) - float(answer)) <= 1e-3 for said, answer in found]
@@ -183,6 +186,11 @@ def compare(scores, controls, level=0.05):
                           note=note if verdict == "NO DIFFERENCE" and n < need else "")
     return found
 
+def headline(task, cells):
+    """The metric that stands for a task: the first that all cells have (rouge_l needs a package)."""
+    scores = [cell[split] for cell in cells for split in ("dev", "test") if cell.get(split)]
+    return next(name for name in task.metrics if all(name in each for each in scores))
+
 def find_cells(runs):
     """{ARM/SEED folder: its metrics.json, or {} where the saved student is not finished} at or below runs."""
     cells = {}
@@ -203,18 +211,26 @@ def evaluate_cell(cell, metrics, data_dir, other_task=None):
     another task, which is trained on the same files: on its test file alone, into predictions_TASK."""
     import torch
     from student import load_student
+    from train import Config, precision, seed_of
+    config = Config(**json.loads((cell / "config.json").read_text()))
+    trained, task = find_task(config.task), find_task(other_task or config.task)
+    if other_task and (not task.files or task.files != trained.files):
+        raise UserError(f"--task {task.name}: {cell} was trained on other files, those of {trained.name}")
     print(f"scoring {cell}", file=sys.stderr)
-    config = json.loads((cell / "config.json").read_text())
-    task, device = find_task(other_task or config["task"]), "cuda" if torch.cuda.is_available() else "cpu"
-    splits = {split: examples if split == "train" else examples[:config["eval_limit"]] for split, examples in
-              load_task(task.name, data_dir or config["data_dir"], config["cache_dir"]).items()}
-    metrics.update(task=task.name, arm=config["arms"][0])
+    device, autocast, *_ = precision(Config())
+    splits = {split: examples if split == "train" else examples[:config.eval_limit] for split, examples in
+              load_task(task.name, data_dir or config.data_dir, config.cache_dir).items()}
+    metrics.update(task=task.name, arm=config.arms[0])
     def answers(folder, split):
-        student = load_student(cell / folder).to(device)
-        rows, _ = encode(task, splits[split], student.tokenizer, config["max_length"], student.decoder,
-                         config["max_new_tokens"])
-        return student.generate(rows, temperature=config["sampling_temperature"]) if student.generates else (
-            student.answers(rows)[0])
+        student = load_student(cell / folder)
+        if torch.bfloat16 in autocast.args:
+            student.round_base()
+        rows, _ = encode(task, splits[split], student.tokenizer, config.max_length, student.decoder,
+                         config.max_new_tokens)
+        torch.manual_seed(seed_of(config.seeds[0], "sample", split))
+        how = rows, config.micro_batch, autocast
+        answer = partial(student.to(device).generate, temperature=config.sampling_temperature)
+        return answer(*how) if student.generates else student.answers(*how)[0]
 
     if other_task:
         found = answers("last", "test")
@@ -253,18 +269,17 @@ def spread(cells, *keys):
     deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{deviation}" if len(values) else "-"
 
-def report(cells):
+def report(cells, save=True):
     """The text on {cell folder: metrics}, run by run; writes comparison.json into the folder of each run."""
     lines = []
     for run, task, arms in by_run(cells):
-        scored = [cell["dev"] for seeds in arms.values() for cell in seeds.values()]
-        metric = next(name for name in task.metrics if all(name in each for each in scored))
-        scores, controls = {}, []
+        metric = headline(task, [cell for seeds in arms.values() for cell in seeds.values()])
+        scores, controls, split = {}, [], "dev"  # on which arms are compared
         columns = {"last epoch": ("dev", metric), "best epoch*": ("best", "dev", metric),
                    "aligner alone": ("aligner", metric), "retrieval@1": ("spaces", "retrieval@1"),
                    "CKA": ("spaces", "cka")}
-        split = "dev"  # whose scores compare the arms
-        if task.kind == "generate":
+        if task.kind == "generate":  # dev is part of a training file of several tasks; test is this one's
+            del columns["aligner alone"]  # which scores a bag of tokens
             split, columns = "test", {"untrained": ("untrained", metric), **columns, "test": ("test", metric)}
         rows = [("arm", "seeds", *columns, "gradient")]
         for arm, seeds in arms.items():
@@ -277,7 +292,7 @@ def report(cells):
         compared = compare(scores, controls)
         lines += [f"{task.name}: dev {metric} in %, mean ± standard deviation over seeds", *aligned(rows),
                   "* chosen on dev, so too good: compare arms by the last epoch", *verdicts(compared, split)]
-        if cells.keys() >= {path.parent for path in run.glob("*/*/metrics.json")}:  # not for a part of a run
+        if save and cells.keys() >= {path.parent for path in run.glob("*/*/metrics.json")}:  # of a whole run
             answer = {arm: {"scores": by_seed, "interval": bootstrap_interval([*by_seed.values()]),
                             **compared.get(arm, {})} for arm, by_seed in scores.items() if by_seed}
             answer = {"task": task.name, "metric": metric, "arms": answer}
@@ -314,10 +329,12 @@ def main(argv=None):
     try:
         cells = find_cells(args.runs)
         pair = len(args.runs) == 2 and list(cells) == [Path(run).resolve() for run in args.runs]
+        if args.task and not (cells := {folder: metrics for folder, metrics in cells.items() if metrics}):
+            raise UserError("--task: no cell there is finished; go on with train.py --resume first")
         right = [evaluate_cell(folder, metrics, args.data_dir, args.task) for folder, metrics in cells.items()
                  if pair or args.rescore or args.task or not metrics]
         from tests.figures import agreement, plot  # what is not needed for a verdict lies in tests/
-        print(agreement(cells, right) if pair else report(cells))
+        print(agreement(cells, right) if pair else report(cells, save=not args.task))
         if args.plot and not pair:
             plot(cells)
     except (UserError, OSError) as error:  # OSError: a folder that cannot be written

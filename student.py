@@ -71,7 +71,10 @@ def add_lora(lm, rank):
     targets = [(name, module) for name, module in lm.named_modules()
                if name.split(".")[-1] in LORA_TARGETS and isinstance(module, nn.Linear)]
     if not targets:
-        raise UserError(f"--lora: {lm.config.model_type} has no linear map named {', '.join(LORA_TARGETS)}")
+        raise UserError(f"--lora: {lm.config.model_type} has no linear map named {', '.join(LORA_TARGETS)}: "
+                        "try --lora 0")
+    if rank > (most := min(min(module.weight.shape) for _, module in targets)):
+        raise UserError(f"--lora {rank}: the model's maps are of rank {most} themselves; 8 is usual")
     for name, module in targets:
         lm.set_submodule(name, LoRA(module, rank))
 
@@ -205,9 +208,17 @@ class Student(nn.Module):
         cut = dict(truncation=True, max_length=longest, return_token_type_ids=not self.decoder)
         rows = [dict(self.tokenizer(*pair, **({} if self.generates else cut))) for pair in pairs]
         if self.generates:
+            room = self.max_tokens - self.settings["max_new_tokens"]
+            if (most := max(len(row["input_ids"]) for row in rows)) > room:
+                raise UserError(f"a prompt has {most} tokens, {room} leave room for an answer: shorten it")
             return self.generate(rows)
         answers, _ = self.answers(rows)
         return [labels[answer] for answer in answers] if labels else answers
+
+    def round_base(self):
+        """A LoRA's frozen weights in bf16: half the memory, for hidden states of 8 bits' precision."""
+        for weight in self.lm.parameters():
+            weight.data = weight.data if weight.requires_grad else weight.data.bfloat16()
 
     def merge(self):
         """Every LoRA becomes part of its linear map: from now on save() writes an ordinary model."""
@@ -222,7 +233,7 @@ class Student(nn.Module):
         heads.safetensors and student.json. Of LoRA only the adapters, in the format of peft's PeftModel."""
         rank, base, folder = self.settings["lora"], self.settings["base"], Path(folder)
         if rank:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             save_file({f"base_model.model.{name}": value for name, value in self.lm.state_dict().items()
                        if ".lora_" in name}, folder / "adapter_model.safetensors")
             (folder / "adapter_config.json").write_text(json.dumps({
@@ -247,17 +258,20 @@ def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
 
 def load_student(folder):
     """The Student that save() wrote, on the CPU in eval mode. Neither teacher nor aligner is needed."""
+    base = None
     try:
         settings = json.loads(Path(folder, "student.json").read_text())  # before the model is loaded
-        model_class = transformers.AutoModelForCausalLM if settings["vocabulary"] else transformers.AutoModel
-        student = Student(*load_pretrained(settings["base"] or str(folder), model_class), **settings)
-        if settings["lora"]:
+        base, generates = settings.get("base"), settings.get("vocabulary")
+        model_class = transformers.AutoModelForCausalLM if generates else transformers.AutoModel
+        student = Student(*load_pretrained(base or str(folder), model_class), **settings)
+        if base:
             adapters = load_file(Path(folder, "adapter_model.safetensors"))
             student.lm.load_state_dict({name.removeprefix("base_model.model."): value
                                         for name, value in adapters.items()}, strict=False)
         student.heads.load_state_dict(load_file(Path(folder, "heads.safetensors")))
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} is damaged or no last/ or best/: {' '.join(str(error).split())}") from None
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        why = f"needs the base of its LoRA, {base}" if base else "is damaged or no last/ or best/"
+        raise UserError(f"{folder} {why}: {' '.join(str(error).split())}") from None
     return student.eval()
 
 def _tiny(texts):
@@ -287,7 +301,8 @@ def check_available(name, file="config.json"):
     if Path(repo, file).is_file():
         return how
     if Path(repo).is_dir():
-        raise UserError(f"{name} holds no {file}: give a folder that save_pretrained wrote")
+        raise UserError(f"{name} holds no {file}: give a folder that save_pretrained wrote (a LoRA's: "
+                        "load_student(...).merge().save(...) first)")
     try:
         hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=5)
         return how
@@ -318,6 +333,9 @@ def load_pretrained(name, model_class=transformers.AutoModel, weights=True):
         # Without its files transformers invents an empty tokenizer, to which every text is the same.
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
             raise UserError(f"{name} has no tokenizer files: copy tokenizer.json (or the vocabulary) into it")
+        scales = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # Granite, Cohere, Gemma 2
+        if generates and any(getattr(config, scale, None) not in (None, 1) for scale in scales):
+            raise UserError(f"{name} changes its logits after the vocabulary head, which is not built here")
         if generates and tokenizer.eos_token is None:
             raise UserError(f"{name}'s tokenizer has no eos_token, with which an answer ends")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token  # LLaMA: none

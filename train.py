@@ -53,14 +53,14 @@ ARMS = {
 @dataclass
 class Config:
     """One run; argparse is built from these fields. None means "it depends" and is filled in by resolve()."""
-    task: str = option(None, "Task to learn: objects (built in) or an understanding task such as rte.")
+    task: str = option(None, "Task to learn: objects (built in), rte ..., reason/arc_e ..., instruct/dolly.")
     student: str = option(None, "Short name such as opt-1.3b, hub id, local folder, or tiny.")
     teacher: str = option(None, f"NAME[:ARGUMENT], with a NAME of {', '.join(TEACHERS)}.")
     picture_encoder: str = option(None, "What looks at its pictures: pixels, clip[:MODEL] or vae[:MODEL].")
     max_pictures: int = option(None, "Let a teacher make at most so many vectors, then stop.", low=0)
     arms: tuple = option(None, f"Arms, with commas, of {', '.join(ARMS)}.")
     seeds: tuple = option(None, "Seeds to repeat them with, with commas.")
-    data_dir: str = option(None, "Folder with the official RTE/, CoLA/ ...; without it they are downloaded.")
+    data_dir: str = option(None, "Folder with RTE/, reasoning/ ...; without it (Super)GLUE is fetched.")
     cache_dir: str = option(CACHE, "Folder for downloads and teacher vectors.")
     offline: bool = option(False, "Use no network: only what is here or in the caches.")
     out: str = option(None, "Folder to write; runs/TASK by default, or runs/TASK-2 ... when that is taken.")
@@ -138,8 +138,9 @@ def resolve(config):
         out, n = f"runs/{task.name}-{n}", n + 1
     given = {name: value for name, value in vars(config).items() if value is not None}
     llama = DEFAULTS["For llama-..."] if str(config.student).startswith("llama-") else {}
+    rate = {"lr": DEFAULTS["Default"]["lr"]} if task.kind == "generate" and config.lora == 0 else {}
     demonstration = {} if config.task else DEFAULTS["Without --task"]
-    config = Config(**{**DEFAULTS["Default"], **task.defaults, **llama, **demonstration, "out": out,
+    config = Config(**{**DEFAULTS["Default"], **task.defaults, **llama, **rate, **demonstration, "out": out,
                        "micro_batch": config.batch_size, "task": task.name, **given})
     if config.student == "tiny" and (config.lora or task.kind == "generate"):
         raise UserError("--student tiny is random: for --lora and to generate give opt-125m, llama-7b ...")
@@ -308,6 +309,8 @@ class Data:
         if tokenizer:  # to generate: the label is a bag of the answer's tokens
             train, dev = (answer_bags(self.task, self.splits[split], tokenizer) for split in ("train", "dev"))
             self.vocabulary = answer_vocabulary(train)  # V_a; labels are (N, |V_a|) distributions over it
+            if len(self.vocabulary) < 2:
+                raise UserError(f"{config.task}: the training answers hold no two tokens to tell apart")
             self.num_labels = len(self.vocabulary)
             self.labels, self.dev_labels = (bag_labels(bags, self.vocabulary) for bags in (train, dev))
         else:
@@ -322,7 +325,9 @@ class Data:
             self.rows[split], short = encode(self.task, examples, student.tokenizer, longest, student.decoder,
                                              config.max_new_tokens)
             if short:
-                print(f"{split}: {short} of {len(examples)} texts had over {longest} tokens: cut", flush=True)
+                part = f" ({config.max_new_tokens} of them an answer's)" if student.generates else ""
+                print(f"{split}: {short} of {len(examples)} texts had over {longest} tokens{part}: cut",
+                      flush=True)
 
     def lookup(self, config, seed):
         """The function rows -> their teacher vectors (n, d_e): here the controls part from the method."""
@@ -346,6 +351,7 @@ class Cell:
     def __init__(self, config, data, folder):
         self.config, self.data, self.folder, self.seed = config, data, folder, config.seeds[0]
         self.done, self.best, self.seconds, self.lines = 0, None, 0.0, []  # lines: of log.jsonl
+        self.answers = None  # to the dev split, when last evaluated
         self.device, self.autocast, self.scalers, _ = precision(config)
         last = folder / "last"
         settle(folder / "best")
@@ -360,9 +366,8 @@ class Cell:
         large = sum(p.numel() for p in self.student.lm.parameters()) > 300e6 and self.device.type == "cuda"
         if config.grad_checkpoint == "on" or (config.grad_checkpoint == "auto" and large):
             self.student.checkpoint_gradients()
-        if config.lora and torch.bfloat16 in self.autocast.args:
-            for weight in self.student.lm.parameters():  # half the memory; autocast rounds in products anyway
-                weight.data = weight.data if weight.requires_grad else weight.data.bfloat16()
+        if torch.bfloat16 in self.autocast.args:
+            self.student.round_base()
         torch.manual_seed(seed_of(self.seed, "aligner"))
         self.aligner = self.vectors = None
         if is_distilled(config):
@@ -374,9 +379,8 @@ class Cell:
             for name, value in self.models.named_parameters():
                 if name.endswith("classifier.bias"):
                     torch.nn.init.constant_(value, data.labels.mean().item())
-        self.optimizers = {role: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
-                                                   weight_decay=0.01, fused=True)
-                           for role, model in self.models.items()}
+        self.optimizers = {role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
+                           for role, model in self.models.items()}  # which leaves out what has no gradient
         if not data.rows:
             data.encode(self.student, config)
         if saved:
@@ -510,8 +514,8 @@ def run(cell):
             waiting.append(update(cell, epoch, role, step, rows))
             tokens += sum(len(data.rows["train"][i]["input_ids"]) for i in rows)
             cell.done, cell.seconds = count, time.perf_counter() - began
-            end, stop = step + 1 == steps, bool(pressed)
-            if not (end or stop or (step + 1) % 50 == 0):
+            end = step + 1 == steps
+            if not (end or pressed or (step + 1) % 50 == 0):
                 continue  # reading a value each step would stall the CPU until the GPU is done
             facts = {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
                      "steps": len(waiting), "tokens": tokens}
@@ -521,16 +525,16 @@ def run(cell):
             due = end and role == "student" and (
                 epoch + 1 == config.epochs or (epoch + 1) % config.eval_every == 0)
             if due:
-                scores, _, p_s = cell.evaluate()
+                scores, cell.answers, p_s = cell.evaluate()
                 cell.log({"epoch": epoch + 1, "dev": scores, **cell.evaluate_aligner(p_s)})
-                headline = next(iter(scores))
+                headline = next(name for name in scores if cell.best is None or name in cell.best["dev"])
                 if cell.best is None or scores[headline] > cell.best["dev"][headline]:
                     cell.best = {"epoch": epoch + 1, "dev": scores}
                     with replacing(cell.folder / "best") as new:
                         cell.student.save(new)
-            if due or stop:
+            if due or pressed:
                 cell.save()
-            if stop:
+            if pressed:
                 raise KeyboardInterrupt
             waiting, tokens, read_at = [], 0, time.perf_counter()
     finish(cell)
@@ -550,7 +554,10 @@ def finish(cell):
         "seconds": round(cell.seconds, 1),
         "peak_memory_mib": torch.cuda.max_memory_allocated(cell.device) >> 20 if gpu else 0}
     for split in [split for split in data.splits if split != "train"]:
-        metrics[split], answers, _ = cell.evaluate(split)
+        if split == "dev" and cell.answers:  # as they were after the last step
+            metrics[split], answers = cell.lines[-1]["dev"], cell.answers
+        else:
+            metrics[split], answers, _ = cell.evaluate(split)
         evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
     write_json(cell.folder / "metrics.json", metrics)
     for name in ("optimizers.safetensors", "training.json"):

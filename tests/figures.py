@@ -8,7 +8,7 @@ import json
 import numpy as np
 
 from data import UserError, find_task
-from eval import bootstrap_interval, by_run, mcnemar
+from eval import bootstrap_interval, by_run, headline, mcnemar
 
 def plot(cells):
     """Writes learning_curves.png, arms.png and, given two doses, dose_response.png into each run's folder."""
@@ -28,7 +28,8 @@ def plot(cells):
               "dose_response": "dose of the picture, RHO in painter:RHO; dots are seeds, bars 95 % intervals"}
     for run, task, arms in by_run(cells):
         axes = {name: Figure(figsize=(7, 4.5), layout="constrained").subplots() for name in labels}
-        (curves, dots, doses), metric, mean_at = axes.values(), task.metrics[0], {}
+        (curves, dots, doses), mean_at = axes.values(), {}
+        metric = headline(task, [cell for seeds in arms.values() for cell in seeds.values()])
         for i, (arm, seeds) in enumerate(arms.items()):
             values, by_epoch = [100 * cell["dev"][metric] for cell in seeds.values()], {}
             logs = "".join((run / arm / str(seed) / "log.jsonl").read_text() for seed in seeds)
