@@ -110,6 +110,7 @@ ALPACA = [f"Below is an instruction that describes a task{more}. Write a respons
 
 def _to_generate(group, names, files, metrics, column="answer", **more):
     """Register the tasks of a group, "NAME[:FOLDER]" each; files: possible training files, the scored one."""
+    # 3e-4 is LLM-Adapters' for LoRA: 2e-5 would hardly move adapters that start at zero.
     defaults = {"student": "llama-7b", "lora": 8, "epochs": 3, "lr": 3e-4, "max_length": 512, **more}
     root = group.replace("reason", "reasoning")
     for name, _, folder in (each.partition(":") for each in names.split()):
@@ -124,6 +125,7 @@ _to_generate("reason", "addsub:AddSub multiarith:MultiArith singleeq:SingleEq sv
              ("train_math.json", "math_10k.json", "test.json"), ("accuracy", "answered"))
 _to_generate("instruct", "dolly self-inst vicuna s-ni:sinst un-ni:uinst",
              ("dolly/train.jsonl", "valid.jsonl"), ("rouge_l", "rouge_l_unstemmed"), column="output")
+
 # What an answer looks like. The reference tells which of these it is: one training file mixes several.
 ANSWERS = ("(?i:true|false)", r"(?i:answer)\d", r"(?i:solution)\d", r"(?i:ending)\d", r"(?i:option)\d",
            "[A-E]", r"(?:(?<![\w)])-)?(?:\d[\d,]*)?\.?\d+")
@@ -390,7 +392,8 @@ def answer_bags(task, examples, tokenizer):
         spans = [(0, len(text))]
         if task.label_column == "answer":
             answer = re.escape(re.sub(r"\.0+$", "", example.label[0]))  # 72.0 is written 72
-            spans = [(0, 0), *(found.span() for found in re.finditer(rf"(?<!\w){answer}(?!\w)", text))]
+            pattern = rf"(?<![\w.,-]){answer}(?!\w|[.,]\d)"  # and not within 1,72 or 172
+            spans = [(0, 0), *(found.span() for found in re.finditer(pattern, text))]
         first, last = spans[-1]
         bags.append([token for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"])
                      if start < last and end > first])
