@@ -5,6 +5,7 @@
     python -m tests.findings majority DATA   # the share of each real task's most frequent dev label
     python -m tests.findings costs DATA      # seconds for 1,000 texts: the painter, a CLIP of random weights
     python -m tests.findings generations RUN # a generation run before and after training, and ten texts of it
+    python -m tests.findings bags DATA MODEL # how well token frequencies alone predict 30 Dolly answers' bags
     python -m tests.findings tune            # the grid behind the defaults of `objects`; a quarter of an hour
 """
 import contextlib
@@ -20,7 +21,8 @@ import torch
 import transformers
 
 import student as student_module
-from data import TASKS, load_task
+from data import TASKS, answer_bags, answer_vocabulary, bag_labels, load_task
+from losses import task_loss
 from teacher import build_teacher
 from train import Config, train
 
@@ -100,10 +102,20 @@ def generations(run):
                            ("output   ", row["output"])):
             print(name, " ".join(text.split())[:120])
 
+def bags(data_dir, model):
+    """Cross entropy of the dev bags under the mean training bag, which knows nothing of a text."""
+    task, splits = TASKS["instruct/dolly"], load_task("instruct/dolly", data_dir)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    train, dev = (answer_bags(task, splits[split][:n], tokenizer) for split, n in (("train", 800), ("dev", 30)))
+    vocabulary = answer_vocabulary(train)
+    y, frequencies = bag_labels(dev, vocabulary), bag_labels(train, vocabulary).mean(0)  # (30, V_a), (V_a,)
+    loss = task_loss(frequencies.log().expand_as(y), y)
+    print(f"{len(vocabulary)} tokens: log {np.log(len(vocabulary)):.2f}, frequencies {loss:.2f}")
+
 if __name__ == "__main__":
     try:
         commands = {command.__name__: command for command in (
-            pictures, losses, majority, tune, costs, generations)}
+            pictures, losses, majority, tune, costs, generations, bags)}
         commands[sys.argv[1]](*sys.argv[2:])
     except (IndexError, KeyError, TypeError, FileNotFoundError):
         sys.exit(__doc__)
