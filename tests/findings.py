@@ -106,7 +106,8 @@ def bags(data_dir, model):
     """Cross entropy of the dev bags under the mean training bag, which knows nothing of a text."""
     task, splits = TASKS["instruct/dolly"], load_task("instruct/dolly", data_dir)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    train, dev = (answer_bags(task, splits[split][:n], tokenizer) for split, n in (("train", 800), ("dev", 30)))
+    train, dev = (answer_bags(task, splits[split][:n], tokenizer)
+                  for split, n in (("train", 800), ("dev", 30)))
     vocabulary = answer_vocabulary(train)
     y, frequencies = bag_labels(dev, vocabulary), bag_labels(train, vocabulary).mean(0)  # (30, V_a), (V_a,)
     loss = task_loss(frequencies.log().expand_as(y), y)
