@@ -450,6 +450,8 @@ def test_a_stopped_lora_run_goes_on_to_the_same_adapters(config, tmp_path, monke
     monkeypatch.setattr(Cell, "save", once)
     with pytest.raises(KeyboardInterrupt):
         train(replace(config, out=str(tmp_path / "again")))
+    state = tmp_path / "again/armada/0/last/training.json"  # as if a metric's package had come only now
+    state.write_text(state.read_text().replace('"accuracy"', '"another"', 1))
     train(Config(resume=str(tmp_path / "again")))
     first, second = (tmp_path / out / "armada/0" for out in ("run", "again"))
     assert seen and (first / "last/adapter_model.safetensors").read_bytes() == (
@@ -469,8 +471,18 @@ def test_without_a_teacher_the_student_is_fine_tuned_with_the_bag_of_its_own(con
     evaluation.main([str(tmp_path / "run"), "--rescore"])  # samples with the run's seed, as training did
     assert (folder / "predictions_test.jsonl").read_text() == written
 
+def test_arms_are_compared_on_the_tasks_own_file(tmp_path):
+    """On dev, a part of the mixed training file, armada is behind here; on test it is ahead."""
+    cells = {tmp_path / f"{arm}/{seed}": {
+        "task": "reason/arc_e", "arm": arm, "control": arm != "armada", "untrained": {"accuracy": 0.0},
+        "dev": {"accuracy": 0.9 - ahead}, "test": {"accuracy": 0.4 + ahead}, "best": {"dev": {}}}
+        for arm, ahead in (("undistilled", 0.0), ("armada", 0.1)) for seed in range(7)}
+    text = evaluation.report(cells)
+    assert "differences on test" in text and "+10.0" in text and "BEATS every control" in text
+
 def test_one_training_is_scored_on_the_test_file_of_another_task(config, tmp_path, capsys):
     train(replace(config, epochs=1))
+    evaluation.main([str(tmp_path / "run")])  # writes comparison.json
     shutil.copytree(tmp_path / "reasoning/ARC-Easy", tmp_path / "reasoning/ARC-Challenge")
     before = {path: path.read_text() for path in (tmp_path / "run").rglob("*.json*")}
     evaluation.main([str(tmp_path / "run"), "--task", "reason/arc_c"])
@@ -493,10 +505,10 @@ def test_under_bf16_a_loras_base_is_bf16_and_what_trains_is_float32(config, monk
                for value in seen[0].parameters())
 
 def test_a_press_of_ctrl_c_during_the_last_evaluation_stops_the_run(config, monkeypatch):
-    generate = training.Cell.evaluate
+    generate, presses = Cell.evaluate, []
     def pressed(cell, split="dev"):
-        if cell.done:
-            signal.raise_signal(signal.SIGINT)
+        if cell.done and not presses:  # a second press would stop at once
+            presses.append(signal.raise_signal(signal.SIGINT))
         return generate(cell, split)
     monkeypatch.setattr(Cell, "evaluate", pressed)
     with pytest.raises(KeyboardInterrupt):
