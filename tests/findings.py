@@ -88,7 +88,7 @@ def costs(data_dir):
 
 def generations(run):
     """Each arm's and seed's scores before and after training; ten generated texts of the first cell."""
-    cells = sorted(Path(run).glob("*/*/metrics.json"))
+    cells = sorted(Path(run).glob("**/metrics.json"))
     for cell in cells:
         metrics, log = json.loads(cell.read_text()), (cell.parent / "log.jsonl").read_text()
         untrained = json.loads(log.splitlines()[0])["dev"]
