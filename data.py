@@ -367,7 +367,7 @@ def encode(task, examples, tokenizer, max_length, decoder, max_new_tokens=0):
         return [{key: found[key][i] for key in wanted if key in found} for i in range(len(chunk))]
 
     generates = task.kind == "generate"
-    room = max_length - max_new_tokens * generates
+    room = max_length - (max_new_tokens if generates else 0)
     rows = [row for i in range(0, len(examples), 1000) for row in tokens(examples[i:i + 1000])]
     shortened = {i for i, row in enumerate(rows) if len(row["input_ids"]) > room}
     for i, example in enumerate(examples):

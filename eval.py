@@ -9,7 +9,6 @@ import json
 import math
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -212,27 +211,29 @@ def evaluate_cell(cell, metrics, data_dir, other_task=None):
     import torch
     from student import load_student
     from train import Config, precision, seed_of
-    config = Config(**json.loads((cell / "config.json").read_text()))
+    saved = json.loads((cell / "config.json").read_text())  # an earlier version had other fields
+    config = Config(**{name: value for name, value in saved.items() if name in vars(Config())})
     trained, task = find_task(config.task), find_task(other_task or config.task)
     if other_task and (not task.files or task.files != trained.files):
         raise UserError(f"--task {task.name}: {cell} was trained on other files, those of {trained.name}")
     print(f"scoring {cell}", file=sys.stderr)
-    device, autocast, *_ = precision(Config())
+    amp = config.amp if config.amp != "fp16" or torch.cuda.is_available() else "off"  # as training had it
+    device, autocast, *_ = precision(Config(amp=amp))
     splits = {split: examples if split == "train" else examples[:config.eval_limit] for split, examples in
               load_task(task.name, data_dir or config.data_dir, config.cache_dir).items()}
     metrics.update(task=task.name, arm=config.arms[0])
     def answers(folder, split):
-        student = load_student(cell / folder)
+        student = load_student(cell / folder).to(device)
         if torch.bfloat16 in autocast.args:
             student.round_base()
         rows, _ = encode(task, splits[split], student.tokenizer, config.max_length, student.decoder,
                          config.max_new_tokens)
         torch.manual_seed(seed_of(config.seeds[0], "sample", split))
-        how = rows, config.micro_batch, autocast
-        answer = partial(student.to(device).generate, temperature=config.sampling_temperature)
-        return answer(*how) if student.generates else student.answers(*how)[0]
+        if student.generates:
+            return student.generate(rows, config.micro_batch, autocast, config.sampling_temperature)
+        return student.answers(rows, config.micro_batch, autocast)[0]
 
-    if other_task:
+    if other_task:  # dev is that of the same training file
         found = answers("last", "test")
         write_predictions(cell, task.name.replace("/", "_"), task, splits["test"], found)
         metrics["test"] = score(task, splits["test"], found)

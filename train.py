@@ -2,6 +2,7 @@
 
     python train.py                                  # the built-in demonstration, nothing to download
     python train.py --task rte --student opt-1.3b    # a GLUE/SuperGLUE task, a pretrained student (on CUDA)
+    python train.py --task reason/arc_e --student llama-7b --data-dir DATA    # answers to generate, with LoRA
 
 Each epoch trains the TS Aligner once over the data, then the student, pulled towards the aligner. A run is a
 grid of cells OUT/ARM/SEED/; a seed's arms share initial weights, data order and dropout, so that differences
@@ -138,6 +139,7 @@ def resolve(config):
         out, n = f"runs/{task.name}-{n}", n + 1
     given = {name: value for name, value in vars(config).items() if value is not None}
     llama = DEFAULTS["For llama-..."] if str(config.student).startswith("llama-") else {}
+    # A generation task's learning rate is LoRA's, too high for all weights.
     rate = {"lr": DEFAULTS["Default"]["lr"]} if task.kind == "generate" and config.lora == 0 else {}
     demonstration = {} if config.task else DEFAULTS["Without --task"]
     config = Config(**{**DEFAULTS["Default"], **task.defaults, **llama, **rate, **demonstration, "out": out,
@@ -467,7 +469,7 @@ def update(cell, epoch, role, step, rows):
     for micro in range(0, len(rows), config.micro_batch):
         part = rows[micro:micro + config.micro_batch]
         torch.manual_seed(seed_of(cell.seed, role, epoch, step, micro))
-        y = data.labels[part].to(device)                       # (B,)
+        y = data.labels[part].to(device)                       # (B,), or (B, |V_a|) bags of tokens
         e = cell.lookup(part).to(device) if aligner else None  # (B, d_e)
         if role == "aligner":
             loss, parts = aligner_loss(model(e), y, config.gamma), {}
@@ -476,9 +478,8 @@ def update(cell, epoch, role, step, rows):
             with torch.no_grad():  # the aligner is frozen here: eval mode, no graph, float32
                 target = aligner.eval()(e) if aligner else None
             with cell.autocast():
-                out, answer_loss = model(**{key: value.to(device) for key, value in x.items()}), None
-            if model.generates:
-                out, answer_loss = out[0], out[1].mean()
+                out = model(**{key: value.to(device) for key, value in x.items()})
+            out, answer_loss = (out[0], out[1].mean()) if model.generates else (out, None)
             loss, parts = student_loss(
                 out, target, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma, kind=config.loss,
                 temperature=config.temperature, output_factor=config.output_factor, answer_loss=answer_loss)
