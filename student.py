@@ -14,7 +14,7 @@ import difflib
 import functools
 import json
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import huggingface_hub as hub
@@ -24,7 +24,9 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align import Householder, Outputs
 from data import UserError, collate
@@ -153,6 +155,15 @@ class Student(nn.Module):
         # Re-entrant checkpointing drops all gradients, silently, if the inputs need none (frozen embeddings).
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
 
+    def shard(self, mesh):
+        """FSDP2: each process keeps 1/N of every weight, gradient and moment, and borrows a layer's when it is
+        that layer's turn: a student that fits no single card, at the price of sending each layer thrice."""
+        for layer in [each for each in self.lm.modules() if isinstance(each, GradientCheckpointingLayer)]:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self, mesh=mesh, reshard_after_forward=True)
+        register_fsdp_forward_method(self, "generate")
+        self.lm._is_fsdp_managed_module = True  # generate() then goes on until the last process is done
+
     def _batches(self, rows, size, side="right"):
         """(indices, their batch on the student's device), rows of similar length together: little padding."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
@@ -162,31 +173,36 @@ class Student(nn.Module):
             batch = collate([rows[i] for i in chosen], self.tokenizer.pad_token_id, side)
             yield chosen, {key: value.to(device) for key, value in batch.items()}
 
-    @torch.inference_mode()
+    @contextmanager
+    def reading(self):
+        """Eval mode, nothing kept for a backward pass. FSDP trains in the buffers that it evaluates in, which
+        inference mode would forbid."""
+        training = self.training
+        with torch.no_grad() if isinstance(self, FSDPModule) else torch.inference_mode():
+            yield self.eval()
+        self.train(training)
+
     def answers(self, rows, batch_size=64, autocast=nullcontext, keep=0):
         """Lists, in the order of encoded rows: class ids (scores; where it generates, the losses of the
         answers given with the rows), and p_s (d,) of the first `keep`."""
-        training, found, p_s = self.training, {}, {}
-        self.eval()
-        for chosen, batch in self._batches(rows, batch_size):
-            with autocast():
-                out = self(**batch)
-            out, values = out if self.generates else (out, predictions(out.logits))
-            found.update(zip(chosen, values.tolist()))
-            p_s.update((i, p) for i, p in zip(chosen, out.proj.float().cpu()) if i < keep)
-        self.train(training)
+        found, p_s = {}, {}
+        with self.reading():
+            for chosen, batch in self._batches(rows, batch_size):
+                with autocast():
+                    out = self(**batch)
+                out, values = out if self.generates else (out, predictions(out.logits))
+                found.update(zip(chosen, values.tolist()))
+                p_s.update((i, p) for i, p in zip(chosen, out.proj.float().cpu()) if i < keep)
         return [found[i] for i in range(len(rows))], [p_s[i] for i in range(len(p_s))]
 
-    @torch.inference_mode()
     def generate(self, rows, batch_size=64, autocast=nullcontext, temperature=0):
         """The texts that follow the prompts of encoded rows, in order: the likeliest tokens at temperature 0,
         else sampled with torch's generator; up to end-of-text or settings["max_new_tokens"]."""
-        training, found = self.training, {}
+        found = {}
         prompts = [{"input_ids": row["input_ids"][:row["labels"].count(-100) if "labels" in row else None]}
                    for row in rows]
         how = dict(do_sample=True, temperature=temperature, top_k=0) if temperature else dict(do_sample=False)
-        self.eval()
-        with tqdm(total=len(rows), desc="generating", leave=False, disable=None) as bar:
+        with self.reading(), tqdm(total=len(rows), desc="generating", leave=False, disable=None) as bar:
             # Padded on the left: what follows must stand next to its prompt. Positions follow the mask.
             for chosen, batch in self._batches(prompts, batch_size, "left"):
                 with autocast():
@@ -194,7 +210,6 @@ class Student(nn.Module):
                 new = ids[:, batch["input_ids"].size(1):]  # (B, at most max_new_tokens)
                 found.update(zip(chosen, self.tokenizer.batch_decode(new, skip_special_tokens=True)))
                 bar.update(len(chosen))
-        self.train(training)
         return [found[i].strip() for i in range(len(rows))]
 
     def predict(self, texts):
@@ -228,23 +243,26 @@ class Student(nn.Module):
         self.settings.update(lora=0, base=None)
         return self
 
-    def save(self, folder):
+    def save(self, folder, state=None):
         """A folder that AutoTokenizer and AutoModel (where it generates, AutoModelForCausalLM) open, plus
-        heads.safetensors and student.json. Of LoRA only the adapters, in the format of peft's PeftModel."""
+        heads.safetensors and student.json. Of LoRA only the adapters, in the format of peft's PeftModel.
+        state is the state_dict, where the weights are split over processes."""
+        state = self.state_dict() if state is None else state
+        lm, heads = ({name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+                     for part in ("lm.", "heads."))
         rank, base, folder = self.settings["lora"], self.settings["base"], Path(folder)
         if rank:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({f"base_model.model.{name}": value for name, value in self.lm.state_dict().items()
-                       if ".lora_" in name}, folder / "adapter_model.safetensors")
+            save_file({f"base_model.model.{name}": value for name, value in lm.items() if ".lora_" in name}, folder / "adapter_model.safetensors")
             (folder / "adapter_config.json").write_text(json.dumps({
                 "peft_type": "LORA", "task_type": "CAUSAL_LM" if self.generates else "FEATURE_EXTRACTION",
                 "base_model_name_or_path": SHORT_NAMES.get(base, base), "bias": "none",
                 "inference_mode": True, "r": rank, "lora_alpha": LoRA.alpha, "lora_dropout": LoRA.dropout,
                 "target_modules": LORA_TARGETS}))
         else:
-            self.lm.save_pretrained(folder)
+            self.lm.save_pretrained(folder, state_dict=lm)
         self.tokenizer.save_pretrained(folder)
-        save_file(self.heads.state_dict(), folder / "heads.safetensors")
+        save_file(heads, folder / "heads.safetensors")
         (folder / "student.json").write_text(json.dumps(self.settings))
 
 def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):

@@ -3,6 +3,7 @@
     python train.py                                  # the built-in demonstration, nothing to download
     python train.py --task rte --student opt-1.3b    # a GLUE/SuperGLUE task, a pretrained student (on CUDA)
     python train.py --task reason/arc_e --student llama-7b --data-dir DATA    # answers to generate, with LoRA
+    torchrun --nproc-per-node 8 train.py --task rte --student opt-1.3b        # the same batches on 8 GPUs
 
 Each epoch trains the TS Aligner once over the data, then the student, pulled towards the aligner. A run is a
 grid of cells OUT/ARM/SEED/; a seed's arms share initial weights, data order and dropout, so that differences
@@ -16,9 +17,11 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -78,7 +81,7 @@ class Config:
     orthogonal_student: bool = option(False, "Make the student's projection orthogonal too.")
     epochs: int = option(None, "Passes over the training data.", low=1)
     batch_size: int = option(32, "Examples per optimizer step.", low=1)
-    micro_batch: int = option(None, "Examples in memory at once, a divisor of --batch-size; or all.", low=1)
+    micro_batch: int = option(None, "Of them in memory at once, over all processes; a divisor; or all.", low=1)
     max_length: int = option(None, "Tokens per text; a longer one has its longest field shortened.", low=4)
     max_new_tokens: int = option(None, "Of these, a generated answer has the last N.", low=1)
     sampling_temperature: float = option(0.0, "Temperature to sample answers with; 0: the likeliest.", low=0)
@@ -88,6 +91,7 @@ class Config:
     device: str = option("auto", "Where to train: auto, cpu, cuda, cuda:N or mps.")
     amp: str = option("auto", "Mixed precision; auto: bf16 or fp16 on CUDA.", ("auto", "off", "bf16", "fp16"))
     grad_checkpoint: str = option("auto", "Recompute activations; auto: if large.", ("auto", "on", "off"))
+    fsdp: bool = option(False, "Under torchrun: split the student over the processes, not only its batches.")
     limit: int = option(None, "Keep only the first N training examples.", low=2)
     eval_limit: int = option(None, "Score only the first N dev and test examples.", low=1)
     eval_every: int = option(None, "Epochs between evaluations, each with a checkpoint.", low=1)
@@ -151,6 +155,8 @@ def resolve(config):
                         f"{config.max_length} is for both")
     for arm in config.arms:
         replace(config, **ARMS[known(arm, ARMS, "arm")])  # its overrides are checked like flags
+    if config.fsdp and "WORLD_SIZE" not in os.environ:
+        raise UserError("--fsdp splits over processes: torchrun --nproc-per-node N train.py --fsdp ...")
     if config.batch_size % config.micro_batch:
         fits = max(m for m in range(1, config.micro_batch) if config.batch_size % m == 0)
         raise UserError(f"--micro-batch {config.micro_batch} must divide --batch-size {config.batch_size}: "
@@ -160,6 +166,7 @@ def resolve(config):
 def resume_config(folder, typed):
     """The Config that a run (a grid or one cell) was started with; UserError where a typed flag differs."""
     folder, now = Path(folder), {name: typed[name] for name in ("offline", "max_pictures") if name in typed}
+    now["fsdp"] = typed.get("fsdp", False)  # a checkpoint knows nothing of processes
     try:
         saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
     except (OSError, TypeError, json.JSONDecodeError) as error:
@@ -188,6 +195,8 @@ def configure(argv=None):
         fail(error)
 
 def fail(message):
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit(2)  # rank 0 says it
     Parser().exit(2, f"train.py: error: {message}\n")
 
 if __name__ == "__main__":
@@ -195,13 +204,17 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
-from align import TSAligner
+from align import Outputs, TSAligner
 from losses import aligner_loss, predictions, student_loss, task_loss
 from student import build_student, check_available, load_pretrained, load_student
 
@@ -221,6 +234,8 @@ def precision(config):
     """(device, autocast context, {role: GradScaler}, the reason in words): the loop has no branch for it."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
+    if device == torch.device("cuda") and world() > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # a GPU for each process
     if (device.index or 0) >= torch.get_device_module(device).device_count():
         raise UserError(f"--device {config.device}: torch sees no such device here; try --device {auto}")
     best, why = "off", f"float32 on {device.type}"
@@ -231,6 +246,8 @@ def precision(config):
     elif config.amp == "fp16":
         raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
     amp, why = (best, why) if config.amp == "auto" else (config.amp, "as asked")
+    if config.fsdp and amp == "fp16":
+        raise UserError("--fsdp: fp16's loss scaling does not see other processes: --amp bf16 or off")
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range.
     scalers = {role: torch.amp.GradScaler(device.type, enabled=role == "student" and amp == "fp16")
@@ -238,6 +255,71 @@ def precision(config):
     why = f"{device}, amp {amp} ({why})"
     return device, partial(torch.autocast, device.type, dtype, amp != "off"), scalers, why
 
+# ---- several processes (torchrun) --------------------------------------------------------------------------
+# Each has the whole run in its hands and takes every N-th row of a batch: equally many, of equal length, since
+# a batch is sorted by length. What a process computes on other rows comes back as numbers, not as a graph.
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def world():
+    """N, the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+def join(config):
+    """Meet the other processes that torchrun started, if it did; only rank 0 speaks."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available() and config.device in ("auto", "cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=timedelta(days=7))  # rank 0's teacher may draw for as long
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+
+def from_first(make):
+    """What make() returns on rank 0, on every rank: one process looks at files, while none writes."""
+    found = [None if rank() else make()]
+    if world() > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
+
+@contextmanager
+def first_alone():
+    """Rank 0 does it, then the others: they find what it fetched, drew and bought."""
+    if rank():
+        dist.barrier()
+    yield
+    if world() > 1 and not rank():
+        dist.barrier()
+
+def everyones(outputs, counts):
+    """Tensors (b, .) of this process -> (B, .) of all, process after process; counts [N] says how many of each.
+    Only the own rows have a graph: the others' is in their process. So each takes the loss of the whole batch,
+    batch means too, and the gradients of the processes add up to one process's."""
+    if world() == 1:
+        return outputs
+    own = torch.cat([each.float() for each in outputs], 1)
+    padded = F.pad(own.detach(), (0, 0, 0, max(counts) - len(own)))  # one shape for all
+    found = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(found, padded)
+    found[rank()] = own
+    rows = torch.cat([each[:count] for each, count in zip(found, counts)])
+    return rows.split([each.size(1) for each in outputs], 1)
+
+def share(items):
+    """Every N-th item, equally many in each process: the first ones stand in where they do not go round."""
+    return [items[i % len(items)] for i in range(rank(), -(-len(items) // world()) * world(), world())]
+
+def together(own, n):
+    """The n results, in order, of which each process computed its share()."""
+    found = [own] * world()
+    if world() > 1:
+        dist.all_gather_object(found, own)
+    return [result for group in zip(*found) for result in group][:n]
+
+def whole(value):
+    """A tensor that may be split over processes, in one piece on the CPU where it was."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+# ---- files -------------------------------------------------------------------------------------------------
 @contextmanager
 def replacing(path):
     """Yields a path beside, to write a file or a folder at; when that is whole it takes PATH's place."""
@@ -260,8 +342,12 @@ def write_json(path, content):
 
 @contextmanager
 def interruptible():
-    """Yields a list that Ctrl-C fills instead of raising: no step is cut in half; a second stops at once."""
+    """Yields a list that Ctrl-C fills instead of raising: no step is cut in half; a second stops at once. So
+    does the first one among several processes, which are not at the same step: the last checkpoint goes on."""
     pressed, before = [], signal.getsignal(signal.SIGINT)
+    if world() > 1:
+        yield pressed
+        return
     signal.signal(signal.SIGINT, lambda *_: pressed.append(signal.signal(signal.SIGINT, before)))
     try:
         yield pressed
@@ -356,9 +442,10 @@ class Cell:
         self.answers = None  # to the dev split, when last evaluated
         self.device, self.autocast, self.scalers, _ = precision(config)
         last = folder / "last"
-        settle(folder / "best")
-        settle(last)
-        saved = (last / "training.json").exists()
+        if not rank():
+            settle(folder / "best")
+            settle(last)
+        saved = from_first((last / "training.json").exists)
         torch.manual_seed(seed_of(self.seed, "student"))
         texts = [text for example in data.splits["train"] for text in data.task.pair(example) if text]
         self.student = load_student(last) if saved else build_student(
@@ -375,20 +462,25 @@ class Cell:
         if is_distilled(config):
             self.vectors, self.lookup = data.vectors[config.teacher], data.lookup(config, self.seed)
             self.aligner = TSAligner(self.vectors["dev"]([0]).shape[1], data.num_labels, proj_dim=data.dim)
+        self.parallel = self.student  # what a training step calls
+        if config.fsdp:
+            self.student.shard(torch.distributed.init_device_mesh(self.device.type, (world(),)))
         models = [("aligner", self.aligner), ("student", self.student)]  # in the order of an epoch
         self.models = torch.nn.ModuleDict([pair for pair in models if pair[1]]).to(self.device)
         if data.task.kind == "regress" and not saved:  # a relu starting below 0 stays there: one seed in ten
             for name, value in self.models.named_parameters():
                 if name.endswith("classifier.bias"):
                     torch.nn.init.constant_(value, data.labels.mean().item())
+        if world() > 1 and not config.fsdp:  # the aligner is so small that each process trains it all
+            self.parallel = DistributedDataParallel(self.student, broadcast_buffers=False)
         self.optimizers = {role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
                            for role, model in self.models.items()}  # which leaves out what has no gradient
         if not data.rows:
             data.encode(self.student, config)
         if saved:
             self.load(last)
-        # Lines after the checkpoint, or without one, are forgotten: they will be written again.
-        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        if not rank():  # lines after the checkpoint, or without one, are forgotten: they will be written again
+            (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
     def schedule(self):
         """Every step of the run in order: (epoch, role, step, rows of the batch)."""
@@ -400,18 +492,22 @@ class Cell:
                 for step, rows in enumerate(batches):
                     yield epoch, role, step, rows
 
-    def save(self):
-        """last/: the student as load_student and AutoModel open it, and beside it all that going on needs."""
-        with replacing(self.folder / "last") as new:
-            self.student.save(new)
-            if self.aligner:
-                save_file(self.aligner.state_dict(), new / "aligner.safetensors")
-            save_file({f"{role} {i} {key}": value for role, optimizer in self.optimizers.items()
-                       for i, state in optimizer.state_dict()["state"].items()
-                       for key, value in state.items()}, new / "optimizers.safetensors")
-            write_json(new / "training.json", {
-                **{name: getattr(self, name) for name in ("done", "best", "seconds", "lines")},
-                "scaler": self.scalers["student"].state_dict()})
+    def save(self, name="last"):
+        """best/, last/: the student as load_student and AutoModel open it; in last/ what going on needs too."""
+        state = {key: whole(value) for key, value in self.student.state_dict().items()}
+        moments = {f"{role} {i} {key}": whole(value) for role, optimizer in self.optimizers.items()
+                   for i, each in optimizer.state_dict()["state"].items() for key, value in each.items()}
+        if rank():
+            return
+        with replacing(self.folder / name) as new:
+            self.student.save(new, state)
+            if name == "last":
+                if self.aligner:
+                    save_file(self.aligner.state_dict(), new / "aligner.safetensors")
+                save_file(moments, new / "optimizers.safetensors")
+                write_json(new / "training.json", {
+                    **{name: getattr(self, name) for name in ("done", "best", "seconds", "lines")},
+                    "scaler": self.scalers["student"].state_dict()})
 
     def load(self, last):
         state = json.loads((last / "training.json").read_text())
@@ -421,22 +517,27 @@ class Cell:
             self.aligner.load_state_dict(load_file(last / "aligner.safetensors"))
         for name, value in load_file(last / "optimizers.safetensors").items():
             role, i, key = name.split()
-            optimizer = self.optimizers[role]
-            optimizer.state[optimizer.param_groups[0]["params"][int(i)]][key] = value.to(self.device)
+            weight, value = self.optimizers[role].param_groups[0]["params"][int(i)], value.to(self.device)
+            if isinstance(weight, DTensor) and value.shape == weight.shape:  # all but the number of steps
+                value = distribute_tensor(value, weight.device_mesh, weight.placements)
+            self.optimizers[role].state[weight][key] = value
 
     def evaluate(self, split="dev"):
         """(metrics, predictions, p_s of the first texts) of a split; metrics are None for unknown labels."""
         size, rows, examples = self.config.micro_batch, self.data.rows[split], self.data.splits[split]
-        if not self.student.generates:  # twice as many: no activations are kept for a backward pass
-            answers, p_s = self.student.answers(rows, 2 * size, self.autocast, keep=1000)
-            return evaluation.score(self.data.task, examples, answers), answers, p_s
-        torch.manual_seed(seed_of(self.seed, "sample", split))
-        answers = self.student.generate(rows, size, self.autocast, self.config.sampling_temperature)
-        scores, p_s = evaluation.score(self.data.task, examples, answers), []
-        if split == "dev":  # a test file's outputs may be wrong: some are another model's
-            losses, p_s = self.student.answers(rows, size, self.autocast, keep=1000)
-            scores["loss"] = sum(losses) / len(losses)
-        return scores, answers, p_s
+        n, rows, keep, p_s = len(rows), share(rows), min(len(rows), 1000), []
+        if self.student.generates:
+            torch.manual_seed(seed_of(self.seed, "sample", split))
+            answers = self.student.generate(rows, size, self.autocast, self.config.sampling_temperature)
+        else:  # twice as many: no activations are kept for a backward pass
+            answers, p_s = self.student.answers(rows, 2 * size, self.autocast, keep)
+        answers = together(answers, n)
+        scores = evaluation.score(self.data.task, examples, answers)
+        if self.student.generates and split == "dev":  # a test file's may be wrong: some are another model's
+            losses, p_s = self.student.answers(rows, size, self.autocast, keep)
+            losses = together(losses, n)
+            scores["loss"] = sum(losses) / n
+        return scores, answers, together(p_s, keep)
 
     @torch.inference_mode()
     def evaluate_aligner(self, p_s):
@@ -458,37 +559,45 @@ class Cell:
 
     def log(self, line):
         self.lines.append(line)
-        with open(self.folder / "log.jsonl", "a") as file:
-            print(json.dumps(line), file=file)
+        if not rank():
+            with open(self.folder / "log.jsonl", "a") as file:
+                print(json.dumps(line), file=file)
 
 def update(cell, epoch, role, step, rows):
     """One optimizer step of the aligner or the student on a batch; {name: 0-dim tensor} for the log."""
     config, data, device, aligner = cell.config, cell.data, cell.device, cell.aligner
     model, optimizer, scaler = cell.models[role].train(), cell.optimizers[role], cell.scalers[role]
-    values = {}
+    values, n = {}, world()
     for micro in range(0, len(rows), config.micro_batch):
         part = rows[micro:micro + config.micro_batch]
-        torch.manual_seed(seed_of(cell.seed, role, epoch, step, micro))
+        shares = [part[i::n] for i in range(n)]                # the rows of each process
+        own, part = shares[rank()] or part[:1], sum(shares, [])
+        torch.manual_seed(seed_of(cell.seed, role, epoch, step, micro + (rank() if role == "student" else 0)))
         y = data.labels[part].to(device)                       # (B,), or (B, |V_a|) bags of tokens
         e = cell.lookup(part).to(device) if aligner else None  # (B, d_e)
         if role == "aligner":
             loss, parts = aligner_loss(model(e), y, config.gamma), {}
         else:
-            x = collate([data.rows["train"][i] for i in part], model.tokenizer.pad_token_id)
+            x = collate([data.rows["train"][i] for i in own], model.tokenizer.pad_token_id)
             with torch.no_grad():  # the aligner is frozen here: eval mode, no graph, float32
                 target = aligner.eval()(e) if aligner else None
+            cell.parallel.require_backward_grad_sync = micro + config.micro_batch >= len(rows)  # DDP: last only
             with cell.autocast():
-                out = model(**{key: value.to(device) for key, value in x.items()})
-            out, answer_loss = (out[0], out[1].mean()) if model.generates else (out, None)
+                out = cell.parallel(**{key: value.to(device) for key, value in x.items()})
+            out, losses = (out[0], [out[1][:, None]]) if model.generates else (out, [])
+            o_s, a_s, p_s, *losses = everyones([*out, *losses], [len(each) for each in shares])
             loss, parts = student_loss(
-                out, target, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma, kind=config.loss,
-                temperature=config.temperature, output_factor=config.output_factor, answer_loss=answer_loss)
-        share = len(part) / len(rows)  # of the batch: exact for a short last micro-batch too
-        scaler.scale(loss * share).backward()
+                Outputs(o_s, a_s, p_s), target, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma,
+                kind=config.loss, temperature=config.temperature, output_factor=config.output_factor,
+                answer_loss=losses[0].mean() if losses else None)
+        weight = len(part) / len(rows)  # of the batch: exact for a short last micro-batch too
+        # DDP and FSDP take the mean of the processes' gradients, of which the batch's is the sum.
+        scaler.scale(loss * weight * (n if role == "student" else 1)).backward()
         for name, value in {**parts, "loss": loss}.items():
-            values[name] = values.get(name, 0) + share * value.detach()
+            values[name] = values.get(name, 0) + weight * value.detach()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -501,8 +610,8 @@ def run(cell):
     steps = math.ceil(len(data.labels) / config.batch_size)  # an epoch's, for each role
     if cell.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(cell.device)
-    bar = tqdm(cell.schedule(), total=steps * config.epochs * len(cell.models), leave=False, disable=None,
-               desc=f"{config.arms[0]} seed {cell.seed}")
+    bar = tqdm(cell.schedule(), total=steps * config.epochs * len(cell.models), leave=False,
+               disable=bool(rank()) or None, desc=f"{config.arms[0]} seed {cell.seed}")
     if cell.student.generates and not cell.done:  # what a pretrained student answers before it is trained
         cell.log({"epoch": 0, "dev": cell.evaluate()[0]})
     with interruptible() as pressed, bar:
@@ -531,8 +640,7 @@ def run(cell):
                 headline = next(name for name in scores if cell.best is None or name in cell.best["dev"])
                 if cell.best is None or scores[headline] > cell.best["dev"][headline]:
                     cell.best = {"epoch": epoch + 1, "dev": scores}
-                    with replacing(cell.folder / "best") as new:
-                        cell.student.save(new)
+                    cell.save("best")
             if due or pressed:
                 cell.save()
             if pressed:
@@ -554,11 +662,13 @@ def finish(cell):
         "trained": sum(p.numel() for p in cell.student.parameters() if p.requires_grad),
         "seconds": round(cell.seconds, 1),
         "peak_memory_mib": torch.cuda.max_memory_allocated(cell.device) >> 20 if gpu else 0}
-    for split in [split for split in data.splits if split != "train"]:
-        if split == "dev" and cell.answers:  # as they were after the last step
-            metrics[split], answers = cell.lines[-1]["dev"], cell.answers
-        else:
-            metrics[split], answers, _ = cell.evaluate(split)
+    found = {"dev": cell.answers} if cell.answers else {}  # as they were after the last step
+    metrics.update({"dev": cell.lines[-1]["dev"]} if found else {})
+    for split in [split for split in data.splits if split not in ("train", *found)]:
+        metrics[split], found[split], _ = cell.evaluate(split)
+    if rank():
+        return
+    for split, answers in found.items():
         evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
     write_json(cell.folder / "metrics.json", metrics)
     for name in ("optimizers.safetensors", "training.json"):
@@ -570,12 +680,34 @@ def finish(cell):
 def train(config):
     """Train every arm with every seed -> {arm: {seed: metrics}}. A finished cell is read, not trained again.
     Raises UserError for whatever the caller can mend, before a model is loaded wherever that is possible."""
+    join(config)
+    # Of rank 0 alone: the others might already see what it is about to write.
+    config, fresh, todo = from_first(partial(begin, config))
+    out = Path(config.out)
+    try:
+        if todo:
+            with first_alone():
+                data = Data(config)
+        for seed, arm in todo:
+            cell = replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
+            if not rank():
+                write_json(out / arm / str(seed) / "config.json", vars(cell))
+            run(Cell(cell, data, out / arm / str(seed)))
+    except (UserError, OSError):
+        if fresh and {each.name for each in out.rglob("*") if each.is_file()} <= {"config.json"}:  # not begun
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    return from_first(lambda: {arm: {seed: json.loads((out / arm / str(seed) / "metrics.json").read_text())
+                                     for seed in config.seeds} for arm in config.arms})
+
+def begin(config):
+    """(resolved Config, whether its folder is new, the [(seed, arm)] still to train); writes OUT/config.json."""
     config = resolve(resume_config(config.resume, {}) if config.resume and not config.out else config)
     out, fresh = Path(config.out), not Path(config.out).exists()
     if not config.resume and (out / "config.json").exists():
         raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give another --out")
-    cells = {(seed, arm): out / arm / str(seed) for seed in config.seeds for arm in config.arms}
-    todo = {key: folder for key, folder in cells.items() if not (folder / "metrics.json").exists()}
+    todo = [(seed, arm) for seed in config.seeds for arm in config.arms
+            if not (out / arm / str(seed) / "metrics.json").exists()]
     if todo:
         if config.student != "tiny":
             check_available(config.student)
@@ -583,18 +715,7 @@ def train(config):
               f"arms {','.join(config.arms)}, seeds {config.seeds}, writing {out}", flush=True)
         if not config.resume:  # first, so that --resume can start what never began
             write_json(out / "config.json", vars(config))
-    try:
-        data = Data(config) if todo else None
-        for (seed, arm), folder in todo.items():
-            cell = replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
-            write_json(folder / "config.json", vars(cell))
-            run(Cell(cell, data, folder))
-    except (UserError, OSError):
-        if fresh and {each.name for each in out.rglob("*") if each.is_file()} <= {"config.json"}:  # not begun
-            shutil.rmtree(out, ignore_errors=True)
-        raise
-    return {arm: {seed: json.loads((cells[seed, arm] / "metrics.json").read_text()) for seed in config.seeds}
-            for arm in config.arms}
+    return config, fresh, todo
 
 def main(argv=None):
     """The command line: status 0; 2 and one line on stderr for what the user can mend; 130 after Ctrl-C."""
@@ -603,7 +724,10 @@ def main(argv=None):
         torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
     try:
         train(config)
-        print(evaluation.report(evaluation.find_cells([config.out])))
+        if not rank():
+            print(evaluation.report(evaluation.find_cells([config.out])))
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         fail(error)
     except torch.OutOfMemoryError:

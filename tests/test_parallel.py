@@ -1,0 +1,172 @@
+"""Several processes are one process that is quicker: the same gradients, the same weights, the same files.
+
+Two real processes talk over gloo on this machine. Dropout is 0 here: each process draws its own otherwise.
+"""
+import json
+import os
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.multiprocessing
+
+import train as training
+from losses import KINDS
+from student import load_student
+from tests.conftest import write_reasoning
+from train import Cell, Config, Data, join, resolve, update, whole
+
+def as_rank(rank, port, work, arguments, result):
+    """In a process of its own: what torchrun sets, then work(*arguments); rank 0's answer goes to a file."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    join(Config())
+    found = work(*arguments)
+    if rank == 0:
+        torch.save(found, result)
+    torch.distributed.barrier()
+
+def on_two(tmp_path, work, *arguments):
+    """work(*arguments) in two processes -> what it returned on rank 0. Forked: importing again takes seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(as_rank, (port, work, arguments, tmp_path / "result"), 2,
+                                          start_method="fork")
+    return torch.load(tmp_path / "result", weights_only=False)
+
+def open_cell(flags, folder):
+    config = resolve(Config(**{"device": "cpu", "teacher": "painter", **flags}))
+    config = replace(config, arms=config.arms[:1], **training.ARMS[config.arms[0]])
+    folder.mkdir(parents=True, exist_ok=True)
+    cell = Cell(config, Data(config), folder)
+    for module in cell.models.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):  # OPT's, a function of its layers
+            module.dropout = 0.0
+    return cell
+
+def first_gradient(flags, folder, rows):
+    """{parameter: gradient} of one student step, clipped, and the step's logged values."""
+    cell = open_cell(flags, folder)
+    cell.optimizers["student"].zero_grad = lambda: None
+    values = update(cell, 0, "student", 0, rows)
+    return {name: whole(weight.grad) for name, weight in cell.student.named_parameters()
+            if weight.grad is not None}, {name: value.item() for name, value in values.items()}
+
+def gradients(cases, folder):
+    return [first_gradient(flags, folder / str(i), rows) for i, (flags, rows) in enumerate(cases)]
+
+def ten_steps(cases, folder):
+    """Every weight of student and aligner after ten steps of each, and all that the steps logged."""
+    found = []
+    for i, flags in enumerate(cases):
+        cell = open_cell(flags, folder / str(i))
+        logged, left = [], {"aligner": 10, "student": 10}
+        for epoch, role, step, rows in cell.schedule():
+            if left[role]:
+                left[role] -= 1
+                logged.append({name: v.item() for name, v in update(cell, epoch, role, step, rows).items()})
+        found.append(({name: whole(v) for name, v in cell.models.state_dict().items()}, logged))
+    return found
+
+OBJECTS = dict(task="objects", student="tiny", arms="armada", seeds="0", limit=32, batch_size=8, epochs=3)
+
+@pytest.fixture(scope="module")
+def kinds_of_student(official, model_folder, causal_folder, tmp_path_factory):
+    """Flags of a plain, a checkpointed and a LoRA student, a decoder and one that generates."""
+    rte = dict(task="rte", data_dir=official, arms="armada", seeds="0", batch_size=5, epochs=4, lr=1e-3, max_length=60)
+    reasoning = write_reasoning(tmp_path_factory.mktemp("parallel"))
+    return {"plain": OBJECTS, "checkpointed": OBJECTS | {"grad_checkpoint": "on"},
+            "lora": rte | {"student": model_folder("llama"), "lora": 2, "grad_checkpoint": "on"},
+            "decoder": rte | {"student": model_folder("opt"), "micro_batch": 5, "batch_size": 5},
+            "generates": dict(task="reason/arc_e", data_dir=reasoning, student=causal_folder(), seeds="0",
+                              arms="armada", lora=2, epochs=4, batch_size=3, max_length=400)}
+
+def close(ours, theirs, tolerance):
+    """Equal within an absolute tolerance. Not the keys' biases after steps: softmax ignores them, so that their
+    gradient is 0 but for rounding, and AdamW divides rounding by rounding."""
+    assert ours.keys() == theirs.keys()
+    for name in [name for name in ours if not name.endswith(("key.bias", "k_proj.bias"))]:
+        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=0, msg=lambda m: f"{name}: {m}")
+
+def test_two_processes_have_the_gradient_of_one_on_the_same_batch(kinds_of_student, tmp_path):
+    # Uneven shares (3 + 2 of five rows), one row alone (rank 1 has none), micro-batches.
+    cases = [({**OBJECTS, "loss": kind}, rows) for kind in KINDS for rows in ([0, 1, 2, 3, 4], [7])]
+    cases += [({**OBJECTS, "micro_batch": 4}, [*range(7)])]
+    cases += [({**flags, "loss": kind}, [4, 0, 2]) for flags in kinds_of_student.values() for kind in KINDS]
+    two, one = on_two(tmp_path, gradients, cases, tmp_path / "two"), gradients(cases, tmp_path / "one")
+    for (mine, mine_logged), (theirs, theirs_logged) in zip(two, one):
+        assert sum(g.abs().sum() for g in theirs.values()) > 1e-3
+        close(mine, theirs, 1e-6)
+        assert mine_logged == pytest.approx(theirs_logged, rel=1e-5, abs=1e-7)
+
+def test_ten_steps_of_two_processes_end_at_the_weights_of_one(kinds_of_student, tmp_path):
+    cases = [*kinds_of_student.values()]
+    two, one = on_two(tmp_path, ten_steps, cases, tmp_path / "two"), ten_steps(cases, tmp_path / "one")
+    for (mine, mine_logged), (theirs, theirs_logged) in zip(two, one):
+        assert len(mine_logged) >= 8
+        close(mine, theirs, 1e-5)
+
+def test_a_student_split_by_fsdp_is_the_same_student(kinds_of_student, tmp_path, monkeypatch):
+    cases = [*kinds_of_student.values()]
+    split = [flags | {"fsdp": True} for flags in cases]
+    two, one = on_two(tmp_path, ten_steps, split, tmp_path / "two"), ten_steps(cases, tmp_path / "one")
+    for (mine, _), (theirs, _) in zip(two, one):
+        close(mine, theirs, 1e-5)
+
+def whole_run(flags, stop_in=None):
+    """train(), stopped at the first step of an epoch as Ctrl-C stops it."""
+    def stopping(cell, epoch, *rest):
+        if epoch == stop_in:
+            raise KeyboardInterrupt
+        return update(cell, epoch, *rest)
+
+    training.update = stopping
+    try:
+        return training.train(Config(**flags))
+    except KeyboardInterrupt:
+        return None
+    finally:
+        training.update = update
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_write_one_run(fsdp, causal_folder, tmp_path):
+    flags = dict(task="reason/arc_e", data_dir=write_reasoning(tmp_path), student=causal_folder(), seeds="0",
+                 arms="armada", teacher="painter", lora=2, epochs=2, batch_size=4, max_length=400, device="cpu",
+                 max_new_tokens=4, out=str(tmp_path / "run"), eval_limit=9, fsdp=fsdp)
+    metrics = on_two(tmp_path, whole_run, flags)["armada"][0]
+    cell = tmp_path / "run/armada/0"
+    written = lines(cell / "predictions_test.jsonl")
+    assert len(written) == 9 and metrics["test"].keys() == {"accuracy", "answered"}  # each example once
+    assert [line["epoch"] for line in lines(cell / "log.jsonl") if "dev" in line] == [0, 1, 2]
+    student = load_student(cell / "last")
+    rows, _ = training.encode(training.find_task("reason/arc_e"), training.load_task(
+        "reason/arc_e", flags["data_dir"])["test"][:9], student.tokenizer, 400, True, 4)
+    assert student.generate(rows, batch_size=2) == [line["output"] for line in written]
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_checkpoint_of_two_processes_goes_on_in_two_and_in_one(fsdp, tmp_path):
+    flags = {**OBJECTS, "epochs": 2, "eval_every": 1, "out": str(tmp_path / "run"), "device": "cpu"}
+    assert on_two(tmp_path, whole_run, {**flags, "fsdp": fsdp}, 1) is None
+    cell = tmp_path / "run/armada/0"
+    assert (cell / "last/training.json").exists()
+    two = on_two(tmp_path, resumed_step, {**flags, "fsdp": fsdp}, cell)
+    one = resumed_step(flags, cell)
+    assert one[1] == two[1] > 0  # the second epoch's first steps, with the moments of the first
+    close(two[0], one[0], 1e-6)
+    metrics = training.train(Config(resume=str(tmp_path / "run")))["armada"][0]
+    steps = [line["step"] for line in lines(cell / "log.jsonl") if line.get("role") == "student"]
+    assert steps == [4, 8] and 0 <= metrics["dev"]["accuracy"] <= 1
+
+def resumed_step(flags, folder):
+    """(weights after one more step, how many had been done) from a checkpoint."""
+    cell = open_cell(flags, folder)
+    update(cell, 1, "aligner", 0, [*range(8)])
+    update(cell, 1, "student", 0, [*range(8)])
+    return {name: whole(v) for name, v in cell.models.state_dict().items()}, cell.done
