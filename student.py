@@ -156,8 +156,8 @@ class Student(nn.Module):
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
 
     def shard(self, mesh):
-        """FSDP2: each process keeps 1/N of every weight, gradient and moment, and borrows a layer's when it is
-        that layer's turn: a student that fits no single card, at the price of sending each layer thrice."""
+        """FSDP2: each process keeps 1/N of every weight, gradient and moment and borrows the rest of a layer
+        when its turn comes: for a student that fits no card, at the price of sending weights twice a step."""
         for layer in [each for each in self.lm.modules() if isinstance(each, GradientCheckpointingLayer)]:
             fully_shard(layer, mesh=mesh)
         fully_shard(self, mesh=mesh, reshard_after_forward=True)
@@ -248,12 +248,13 @@ class Student(nn.Module):
         heads.safetensors and student.json. Of LoRA only the adapters, in the format of peft's PeftModel.
         state is the state_dict, where the weights are split over processes."""
         state = self.state_dict() if state is None else state
-        lm, heads = ({name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
-                     for part in ("lm.", "heads."))
+        lm, heads = ({name.removeprefix(part): value for name, value in state.items()
+                      if name.startswith(part)} for part in ("lm.", "heads."))
         rank, base, folder = self.settings["lora"], self.settings["base"], Path(folder)
         if rank:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({f"base_model.model.{name}": value for name, value in lm.items() if ".lora_" in name}, folder / "adapter_model.safetensors")
+            save_file({f"base_model.model.{name}": value for name, value in lm.items() if ".lora_" in name},
+                      folder / "adapter_model.safetensors")
             (folder / "adapter_config.json").write_text(json.dumps({
                 "peft_type": "LORA", "task_type": "CAUSAL_LM" if self.generates else "FEATURE_EXTRACTION",
                 "base_model_name_or_path": SHORT_NAMES.get(base, base), "bias": "none",

@@ -81,7 +81,7 @@ class Config:
     orthogonal_student: bool = option(False, "Make the student's projection orthogonal too.")
     epochs: int = option(None, "Passes over the training data.", low=1)
     batch_size: int = option(32, "Examples per optimizer step.", low=1)
-    micro_batch: int = option(None, "Of them in memory at once, over all processes; a divisor; or all.", low=1)
+    micro_batch: int = option(None, "Of them in memory at once, in all processes; a divisor; or all.", low=1)
     max_length: int = option(None, "Tokens per text; a longer one has its longest field shortened.", low=4)
     max_new_tokens: int = option(None, "Of these, a generated answer has the last N.", low=1)
     sampling_temperature: float = option(0.0, "Temperature to sample answers with; 0: the likeliest.", low=0)
@@ -192,10 +192,10 @@ def configure(argv=None):
         typed = vars(parser.parse_args(argv))  # without defaults: a resumed run is compared with these alone
         return resolve(resume_config(typed["resume"], typed) if "resume" in typed else Config(**typed))
     except UserError as error:
-        fail(error)
+        fail(error, everywhere=False)
 
-def fail(message):
-    if os.environ.get("RANK", "0") != "0":
+def fail(message, everywhere=True):
+    if not everywhere and os.environ.get("RANK", "0") != "0":
         sys.exit(2)  # rank 0 says it
     Parser().exit(2, f"train.py: error: {message}\n")
 
@@ -256,8 +256,8 @@ def precision(config):
     return device, partial(torch.autocast, device.type, dtype, amp != "off"), scalers, why
 
 # ---- several processes (torchrun) --------------------------------------------------------------------------
-# Each has the whole run in its hands and takes every N-th row of a batch: equally many, of equal length, since
-# a batch is sorted by length. What a process computes on other rows comes back as numbers, not as a graph.
+# Each goes through the whole run and takes every N-th row of each batch: as many tokens as the others, since
+# a batch is sorted by length. What the others compute on theirs it gets as numbers, without a graph.
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -275,25 +275,23 @@ def join(config):
             sys.stdout = open(os.devnull, "w")
 
 def from_first(make):
-    """What make() returns on rank 0, on every rank: one process looks at files, while none writes."""
-    found = [None if rank() else make()]
+    """On every rank what make() returns, or raises, on rank 0: one looks at files, while none writes any."""
+    found = [None]
+    if not rank():
+        try:
+            found = [make()]
+        except (UserError, OSError) as error:
+            found = [error]
     if world() > 1:
         dist.broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
     return found[0]
 
-@contextmanager
-def first_alone():
-    """Rank 0 does it, then the others: they find what it fetched, drew and bought."""
-    if rank():
-        dist.barrier()
-    yield
-    if world() > 1 and not rank():
-        dist.barrier()
-
 def everyones(outputs, counts):
-    """Tensors (b, .) of this process -> (B, .) of all, process after process; counts [N] says how many of each.
-    Only the own rows have a graph: the others' is in their process. So each takes the loss of the whole batch,
-    batch means too, and the gradients of the processes add up to one process's."""
+    """Tensors (b, .) of this process -> (B, .) of all, process after process; counts [N]: how many of each.
+    Only the own rows have a graph, the others' is in their process. So each takes the loss of the WHOLE
+    batch, batch means included, and the processes' gradients add up to one process's, uneven shares or not."""
     if world() == 1:
         return outputs
     own = torch.cat([each.float() for each in outputs], 1)
@@ -343,7 +341,7 @@ def write_json(path, content):
 @contextmanager
 def interruptible():
     """Yields a list that Ctrl-C fills instead of raising: no step is cut in half; a second stops at once. So
-    does the first one among several processes, which are not at the same step: the last checkpoint goes on."""
+    does the first in several processes, which are not at the same step: go on from the last checkpoint."""
     pressed, before = [], signal.getsignal(signal.SIGINT)
     if world() > 1:
         yield pressed
@@ -479,7 +477,7 @@ class Cell:
             data.encode(self.student, config)
         if saved:
             self.load(last)
-        if not rank():  # lines after the checkpoint, or without one, are forgotten: they will be written again
+        if not rank():  # lines after the checkpoint, or without one, are dropped: they will come again
             (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
     def schedule(self):
@@ -493,7 +491,7 @@ class Cell:
                     yield epoch, role, step, rows
 
     def save(self, name="last"):
-        """best/, last/: the student as load_student and AutoModel open it; in last/ what going on needs too."""
+        """best/, last/: the student as load_student and AutoModel open it; in last/ also all to go on."""
         state = {key: whole(value) for key, value in self.student.state_dict().items()}
         moments = {f"{role} {i} {key}": whole(value) for role, optimizer in self.optimizers.items()
                    for i, each in optimizer.state_dict()["state"].items() for key, value in each.items()}
@@ -581,7 +579,8 @@ def update(cell, epoch, role, step, rows):
             x = collate([data.rows["train"][i] for i in own], model.tokenizer.pad_token_id)
             with torch.no_grad():  # the aligner is frozen here: eval mode, no graph, float32
                 target = aligner.eval()(e) if aligner else None
-            cell.parallel.require_backward_grad_sync = micro + config.micro_batch >= len(rows)  # DDP: last only
+            # DDP adds the processes' gradients up once, after the last micro-batch.
+            cell.parallel.require_backward_grad_sync = micro + config.micro_batch >= len(rows)
             with cell.autocast():
                 out = cell.parallel(**{key: value.to(device) for key, value in x.items()})
             out, losses = (out[0], [out[1][:, None]]) if model.generates else (out, [])
@@ -685,9 +684,10 @@ def train(config):
     config, fresh, todo = from_first(partial(begin, config))
     out = Path(config.out)
     try:
-        if todo:
-            with first_alone():
-                data = Data(config)
+        if todo:  # rank 0 fetches, draws and buys, then the others find it all
+            built = []
+            from_first(lambda: built.append(Data(config)))
+            data = built[0] if built else Data(config)
         for seed, arm in todo:
             cell = replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
             if not rank():
@@ -701,7 +701,7 @@ def train(config):
                                      for seed in config.seeds} for arm in config.arms})
 
 def begin(config):
-    """(resolved Config, whether its folder is new, the [(seed, arm)] still to train); writes OUT/config.json."""
+    """(resolved Config, is its folder new, [(seed, arm)] still to train); writes OUT/config.json."""
     config = resolve(resume_config(config.resume, {}) if config.resume and not config.out else config)
     out, fresh = Path(config.out), not Path(config.out).exists()
     if not config.resume and (out / "config.json").exists():
@@ -729,7 +729,7 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
-        fail(error)
+        fail(error, everywhere=False)
     except torch.OutOfMemoryError:
         fail("out of memory: try a smaller --micro-batch or --max-length, --grad-checkpoint on or --amp bf16")
     except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written

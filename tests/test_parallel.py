@@ -28,7 +28,7 @@ def as_rank(rank, port, work, arguments, result):
     torch.distributed.barrier()
 
 def on_two(tmp_path, work, *arguments):
-    """work(*arguments) in two processes -> what it returned on rank 0. Forked: importing again takes seconds."""
+    """work(*arguments) in two processes -> what it returned on rank 0. Forked: imports take seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,7 +77,8 @@ OBJECTS = dict(task="objects", student="tiny", arms="armada", seeds="0", limit=3
 @pytest.fixture(scope="module")
 def kinds_of_student(official, model_folder, causal_folder, tmp_path_factory):
     """Flags of a plain, a checkpointed and a LoRA student, a decoder and one that generates."""
-    rte = dict(task="rte", data_dir=official, arms="armada", seeds="0", batch_size=5, epochs=4, lr=1e-3, max_length=60)
+    rte = dict(task="rte", data_dir=official, arms="armada", seeds="0", batch_size=5, epochs=4, lr=1e-3,
+               max_length=60)
     reasoning = write_reasoning(tmp_path_factory.mktemp("parallel"))
     return {"plain": OBJECTS, "checkpointed": OBJECTS | {"grad_checkpoint": "on"},
             "lora": rte | {"student": model_folder("llama"), "lora": 2, "grad_checkpoint": "on"},
@@ -86,11 +87,12 @@ def kinds_of_student(official, model_folder, causal_folder, tmp_path_factory):
                               arms="armada", lora=2, epochs=4, batch_size=3, max_length=400)}
 
 def close(ours, theirs, tolerance):
-    """Equal within an absolute tolerance. Not the keys' biases after steps: softmax ignores them, so that their
-    gradient is 0 but for rounding, and AdamW divides rounding by rounding."""
+    """Equal within an absolute tolerance. Not the keys' biases: softmax ignores them, so that their gradient
+    is 0 but for rounding, and AdamW divides rounding by rounding."""
     assert ours.keys() == theirs.keys()
     for name in [name for name in ours if not name.endswith(("key.bias", "k_proj.bias"))]:
-        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=0, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=0,
+                                   msg=lambda m: f"{name}: {m}")
 
 def test_two_processes_have_the_gradient_of_one_on_the_same_batch(kinds_of_student, tmp_path):
     # Uneven shares (3 + 2 of five rows), one row alone (rank 1 has none), micro-batches.
@@ -138,8 +140,8 @@ def lines(path):
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_two_processes_write_one_run(fsdp, causal_folder, tmp_path):
     flags = dict(task="reason/arc_e", data_dir=write_reasoning(tmp_path), student=causal_folder(), seeds="0",
-                 arms="armada", teacher="painter", lora=2, epochs=2, batch_size=4, max_length=400, device="cpu",
-                 max_new_tokens=4, out=str(tmp_path / "run"), eval_limit=9, fsdp=fsdp)
+                 arms="armada", teacher="painter", lora=2, epochs=2, batch_size=4, max_length=400,
+                 device="cpu", max_new_tokens=4, out=str(tmp_path / "run"), eval_limit=9, fsdp=fsdp)
     metrics = on_two(tmp_path, whole_run, flags)["armada"][0]
     cell = tmp_path / "run/armada/0"
     written = lines(cell / "predictions_test.jsonl")
