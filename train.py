@@ -95,6 +95,8 @@ class Config:
     limit: int = option(None, "Keep only the first N training examples.", low=2)
     eval_limit: int = option(None, "Score only the first N dev and test examples.", low=1)
     eval_every: int = option(None, "Epochs between evaluations, each with a checkpoint.", low=1)
+    plan: bool = option(False, "Tell memory, steps and teacher vectors in advance; load and write nothing.")
+    memory: float = option(None, "With --plan: GiB of the card that it should fit.", above=0)
 
     def __post_init__(self):
         """UserError names the first field whose value is out of its limits and says what they are."""
@@ -165,8 +167,8 @@ def resolve(config):
 
 def resume_config(folder, typed):
     """The Config that a run (a grid or one cell) was started with; UserError where a typed flag differs."""
-    folder, now = Path(folder), {name: typed[name] for name in ("offline", "max_pictures") if name in typed}
-    now["fsdp"] = typed.get("fsdp", False)  # a checkpoint knows nothing of processes
+    folder, now = Path(folder), {"fsdp": False, "plan": False, "memory": None}  # of this start alone
+    now |= {name: typed[name] for name in ("offline", "max_pictures", *now) if name in typed}
     try:
         saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
     except (OSError, TypeError, json.JSONDecodeError) as error:
@@ -291,7 +293,7 @@ def from_first(make):
 def everyones(outputs, counts):
     """Tensors (b, .) of this process -> (B, .) of all, process after process; counts [N]: how many of each.
     Only the own rows have a graph, the others' is in their process. So each takes the loss of the WHOLE
-    batch, batch means included, and the processes' gradients add up to one process's, uneven shares or not."""
+    batch, means over it included, and the processes' gradients add up to one process's, however it is cut."""
     if world() == 1:
         return outputs
     own = torch.cat([each.float() for each in outputs], 1)
@@ -723,6 +725,9 @@ def main(argv=None):
     if config.student == "tiny":
         torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
     try:
+        if config.plan:
+            from tests.plan import plan
+            return print(plan(config))
         train(config)
         if not rank():
             print(evaluation.report(evaluation.find_cells([config.out])))

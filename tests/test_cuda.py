@@ -1,17 +1,28 @@
 """What only a CUDA device shows: mixed precision with a real GradScaler, peak memory. Skipped elsewhere."""
+import gc
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import transformers
 
-from train import Config, train
+import train as training
+from student import Student
+from tests.conftest import family_config
+from tests.test_plan import TOKENIZER, VOCABULARY, planned, sized, train_for
+from train import ARMS, Cell, Config, Data, resolve, train, update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_each_precision_trains_and_stays_close_to_float32(amp, tmp_path):
+def needs(amp):
     if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this GPU has no bf16")
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_each_precision_trains_and_stays_close_to_float32(amp, tmp_path):
+    needs(amp)
     flags = dict(task="objects", epochs=1, limit=40, arms="armada", seeds="0", device="cuda",
                  grad_checkpoint="on")
     losses = {}
@@ -23,3 +34,75 @@ def test_each_precision_trains_and_stays_close_to_float32(amp, tmp_path):
         rows = [json.loads(line) for line in (out / "armada/0/log.jsonl").read_text().splitlines()]
         losses[setting] = [row["loss"] for row in rows if row.get("role") == "student"]
     assert losses[amp] == pytest.approx(losses["off"], rel=0.02)
+
+def test_an_infinite_gradient_skips_the_step_and_halves_the_scale(tmp_path, monkeypatch):
+    config = resolve(Config(task="objects", limit=40, arms="undistilled", seeds="0", device="cuda",
+                            amp="fp16", out=str(tmp_path)))
+    cell = Cell(replace(config, **ARMS["undistilled"]), Data(config), tmp_path)
+    scaler, real = cell.scalers["student"], training.student_loss
+
+    def infinite(*args, **kwargs):
+        loss, parts = real(*args, **kwargs)
+        return loss * torch.inf, parts
+
+    def weights():
+        return [weight.detach().clone() for weight in cell.student.parameters()]
+
+    before, scale = weights(), scaler.get_scale()
+    cell.optimizers["student"].param_groups[0]["lr"] = 1e-3
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "student_loss", infinite)
+        norm = update(cell, 0, "student", 0, [*range(8)])["grad_norm"]
+    assert not norm.isfinite() and scaler.get_scale() == scale / 2
+    assert all(map(torch.equal, before, weights()))
+    for step in range(1, 9):  # and it goes on: the first scale, 65536, may overflow a few times more
+        update(cell, 0, "student", step, [*range(8)])
+    assert not all(map(torch.equal, before, weights()))
+    assert all(weight.isfinite().all() for weight in weights())
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "opt", "llama"])
+def test_checkpointing_changes_no_gradient(family, amp):
+    """Dropout included: the recomputed layer draws the same masks."""
+    needs(amp)
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    torch.manual_seed(0)
+    lm = transformers.AutoModel.from_config(family_config(family, VOCABULARY))
+    student = Student(lm, TOKENIZER, 2, 32).to("cuda").train()
+    ids = torch.randint(4, VOCABULARY, (4, 24), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[0, 12:] = 0
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            student.checkpoint_gradients()
+        torch.manual_seed(1)
+        with torch.autocast("cuda", dtype, amp != "off"):
+            out = student(ids, mask)
+        sum(each.float().square().sum() for each in out).backward()
+        found.append({name: weight.grad.clone() for name, weight in student.named_parameters()
+                      if weight.grad is not None})
+        student.zero_grad()
+    plain, recomputed = found
+    assert plain.keys() == recomputed.keys() and any(grad.any() for grad in plain.values())
+    for name, grad in plain.items():  # sums by atomic additions come in another order each time
+        torch.testing.assert_close(recomputed[name], grad, rtol=1e-3, atol=1e-4 * grad.abs().max().item())
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["bert", "opt", "llama"])
+def test_the_plan_knows_the_peak_memory(family, checkpointing, amp):
+    """Within 15 % of three real steps; a few hundred MiB, so that cuBLAS's own 30 do not count for much."""
+    needs(amp)
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    autocast = partial(torch.autocast, "cuda", dtype, amp != "off")
+    config, rows, length = sized(family, width=512, layers=8), 32, 128
+    small = dict(rows=2, length=8, device="cuda", autocast=autocast)
+    train_for(sized(family, width=32, layers=2), checkpointing, 1, **small)  # workspaces are made, and stay
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    train_for(config, checkpointing, 3, rows, length, "cuda", autocast)
+    found = torch.cuda.max_memory_allocated() - before
+    told = planned(config, checkpointing, amp, device="cuda", batch_size=rows, max_length=length)
+    assert told == pytest.approx(found, rel=0.15)
