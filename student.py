@@ -150,15 +150,21 @@ class Student(nn.Module):
         last = attention_mask.cumsum(-1).argmax(-1)  # (B,), where the count of real tokens peaks first
         return out.last_hidden_state[torch.arange(len(last), device=last.device), last]
 
+    def layers(self):
+        """The language model's blocks, as transformers marks them."""
+        return [each for each in self.lm.modules() if isinstance(each, GradientCheckpointingLayer)]
+
     def checkpoint_gradients(self):
-        """Recompute layers in the backward pass: about a third more time, one layer's activations only."""
+        """Recompute layers in the backward pass: up to 1.4 times the time, one layer's activations only."""
         # Re-entrant checkpointing drops all gradients, silently, if the inputs need none (frozen embeddings).
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
+        # The last layer's backward pass comes first: what recomputing would give is still there.
+        self.layers()[-1].gradient_checkpointing = False
 
     def shard(self, mesh):
         """FSDP2: each process keeps 1/N of every weight, gradient and moment and borrows the rest of a layer
         when its turn comes: for a student that fits no card, at the price of sending weights twice a step."""
-        for layer in [each for each in self.lm.modules() if isinstance(each, GradientCheckpointingLayer)]:
+        for layer in self.layers():
             fully_shard(layer, mesh=mesh)
         fully_shard(self, mesh=mesh, reshard_after_forward=True)
         register_fsdp_forward_method(self, "generate")

@@ -283,9 +283,9 @@ def test_the_aligner_sees_the_vector_that_the_pairing_names(tmp_path, monkeypatc
         assert torch.equal(e, torch.from_numpy(cell.vectors["train"](rows))) == (arm == "armada")
 
 def test_no_two_steps_of_a_run_draw_the_same_dropout_and_no_two_epochs_the_same_order(tmp_path, monkeypatch):
-    drawn, original = [], torch.manual_seed
+    drawn, original = [], training.seed_all
     cell = cell_of(tmp_path, micro_batch=8)
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: drawn.append(seed) or original(seed))
+    monkeypatch.setattr(training, "seed_all", lambda seed, *at: drawn.append(seed) or original(seed, *at))
     run(cell)
     assert len(drawn) == len(set(drawn)) == 2 * 2 * 5  # epochs, roles, micro-batches of 16 + 16 + 8
     first, second = ([rows for e, role, _, rows in cell.schedule() if e == epoch and role == "student"]
