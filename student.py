@@ -41,6 +41,7 @@ SHORT_NAMES = {"bert-base": "google-bert/bert-base-uncased", "bert-6l": "google-
                "opt-1.3b": "facebook/opt-1.3b", "llama-3b": "meta-llama/Llama-3.2-3B",
                "llama-7b": "huggyllama/llama-7b", "llama-8b": "meta-llama/Llama-3.1-8B"}
 
+POOLED = ("bert", "roberta", "xlm-roberta")  # whose pooler_output is read
 LORA_TARGETS = ("q_proj", "v_proj", "query", "value", "query_proj", "value_proj")  # LLaMA, OPT; BERT; DeBERTa
 
 class LoRA(nn.Module):
@@ -107,6 +108,8 @@ class Student(nn.Module):
         self.heads = nn.ModuleDict({"classifier": nn.Linear(d_s, num_labels), "projection": projection,
                                     "aux_classifier": nn.Linear(proj_dim, num_labels)})  # C_s, P_s, C'_s
         self.drop = nn.Dropout(dropout)
+        if config.model_type not in POOLED and getattr(lm, "pooler", None):
+            lm.pooler.requires_grad_(False)  # ALBERT's is not read, and DDP would wait for its gradient
         if self.generates:
             del self.heads["classifier"]  # the vocabulary head stands in for C_s
             # In place of the checkpoint's own, which may sample or forbid repetition.
@@ -140,7 +143,7 @@ class Student(nn.Module):
 
     def pool(self, out, attention_mask):
         """One vector a text, the same whatever the padding: (B, L, d_s) -> (B, d_s)."""
-        if self.lm.config.model_type in ("bert", "roberta", "xlm-roberta"):
+        if self.lm.config.model_type in POOLED:
             return out.pooler_output  # tanh on the first token
         # DEVIATION: the authors take OPT's last position, padding or not, and LLaMA's position 0, which under
         # a causal mask has read one token: the same vector for every text. Here it is the last real token,

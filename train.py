@@ -477,7 +477,8 @@ class Cell:
                 if name.endswith("classifier.bias"):
                     torch.nn.init.constant_(value, data.labels.mean().item())
         if world() > 1 and not config.fsdp:  # the aligner is so small that each process trains it all
-            self.parallel = DistributedDataParallel(self.student, broadcast_buffers=False)
+            self.parallel = DistributedDataParallel(self.student, broadcast_buffers=False,
+                                                    gradient_as_bucket_view=True)
         self.optimizers = {role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
                            for role, model in self.models.items()}  # which leaves out what has no gradient
         if not data.rows:
@@ -529,7 +530,8 @@ class Cell:
 
     def evaluate(self, split="dev"):
         """(metrics, predictions, p_s of the first texts) of a split; metrics are None for unknown labels."""
-        size, rows, examples = self.config.micro_batch, self.data.rows[split], self.data.splits[split]
+        rows, examples = self.data.rows[split], self.data.splits[split]
+        size = -(-self.config.micro_batch // world())
         n, rows, keep, p_s = len(rows), share(rows), min(len(rows), 1000), []
         if self.student.generates:
             torch.manual_seed(seed_of(self.seed, "sample", split))

@@ -407,7 +407,7 @@ def processes(bench):
     """Steps a second of the student: train.py in two processes / in one, each with one thread, --batch-size
     the same for both (it is the whole batch's, a process takes its share). From log.jsonl; one process needs
     no torchrun. The vectors are random: their content takes no time."""
-    count, seconds = 32 * max(4, bench.rounds // 2), {1: [], 2: []}
+    count, seconds = 32 * max(8, bench.rounds), {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         if bench.real:
             encoder, task = bench.args.encoder, ["--task", "rte", "--data-dir", bench.args.data_dir]
