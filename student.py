@@ -161,8 +161,10 @@ class Student(nn.Module):
         """Recompute layers in the backward pass: up to 1.4 times the time, one layer's activations only."""
         # Re-entrant checkpointing drops all gradients, silently, if the inputs need none (frozen embeddings).
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
-        # The last layer's backward pass comes first: what recomputing would give is still there.
-        self.layers()[-1].gradient_checkpointing = False
+        # The last layer's backward pass comes first: what recomputing would give is still there. (ALBERT's
+        # one layer is all of them.)
+        if len(layers := self.layers()) == self.lm.config.num_hidden_layers > 1:
+            layers[-1].gradient_checkpointing = False
 
     def shard(self, mesh):
         """FSDP2: each process keeps 1/N of every weight, gradient and moment and borrows the rest of a layer
@@ -201,7 +203,7 @@ class Student(nn.Module):
                     out = self(**batch)
                 out, values = out if self.generates else (out, predictions(out.logits))
                 found.update(zip(chosen, values.tolist()))
-                p_s.update((i, p) for i, p in zip(chosen, out.proj.float().cpu()) if i < keep)
+                p_s.update((i, p.clone()) for i, p in zip(chosen, out.proj.float().cpu()) if i < keep)
         return [found[i] for i in range(len(rows))], [p_s[i] for i in range(len(p_s))]
 
     def generate(self, rows, batch_size=64, autocast=nullcontext, temperature=0):
@@ -252,17 +254,25 @@ class Student(nn.Module):
         self.settings.update(lora=0, base=None)
         return self
 
+    def state(self):
+        """{name: tensor} that save() writes, a tied weight once; of LoRA only adapters and heads."""
+        found = {}
+        for name, value in self.state_dict(keep_vars=True).items():
+            if not self.settings["lora"] or ".lora_" in name or name.startswith("heads."):
+                found.setdefault(id(value), (name, value.detach()))
+        return dict(found.values())
+
     def save(self, folder, state=None):
         """A folder that AutoTokenizer and AutoModel (where it generates, AutoModelForCausalLM) open, plus
         heads.safetensors and student.json. Of LoRA only the adapters, in the format of peft's PeftModel.
-        state is the state_dict, where the weights are split over processes."""
-        state = self.state_dict() if state is None else state
+        state is state(), in one piece where the weights are split over processes."""
+        state = self.state() if state is None else state
         lm, heads = ({name.removeprefix(part): value for name, value in state.items()
                       if name.startswith(part)} for part in ("lm.", "heads."))
         rank, base, folder = self.settings["lora"], self.settings["base"], Path(folder)
         if rank:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({f"base_model.model.{name}": value for name, value in lm.items() if ".lora_" in name},
+            save_file({f"base_model.model.{name}": value for name, value in lm.items()},
                       folder / "adapter_model.safetensors")
             (folder / "adapter_config.json").write_text(json.dumps({
                 "peft_type": "LORA", "task_type": "CAUSAL_LM" if self.generates else "FEATURE_EXTRACTION",

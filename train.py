@@ -10,6 +10,7 @@ grid of cells OUT/ARM/SEED/; a seed's arms share initial weights, data order and
 are paired. The method is ARMS, update() and run(); the rest can wait.
 """
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -157,8 +158,15 @@ def resolve(config):
                         f"{config.max_length} is for both")
     for arm in config.arms:
         replace(config, **ARMS[known(arm, ARMS, "arm")])  # its overrides are checked like flags
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if config.plan and (config.fsdp or processes > 1):
+        raise UserError("--plan tells the memory of one process: without --fsdp and torchrun")
+    if config.memory and not config.plan:
+        raise UserError("--memory goes with --plan")
     if config.fsdp and "WORLD_SIZE" not in os.environ:
         raise UserError("--fsdp splits over processes: torchrun --nproc-per-node N train.py --fsdp ...")
+    if config.micro_batch < processes:
+        raise UserError(f"--micro-batch {config.micro_batch} is too small for {processes} processes")
     if config.batch_size % config.micro_batch:
         fits = max(m for m in range(1, config.micro_batch) if config.batch_size % m == 0)
         raise UserError(f"--micro-batch {config.micro_batch} must divide --batch-size {config.batch_size}: "
@@ -194,11 +202,11 @@ def configure(argv=None):
         typed = vars(parser.parse_args(argv))  # without defaults: a resumed run is compared with these alone
         return resolve(resume_config(typed["resume"], typed) if "resume" in typed else Config(**typed))
     except UserError as error:
-        fail(error, everywhere=False)
+        fail(error)
 
-def fail(message, everywhere=True):
-    if not everywhere and os.environ.get("RANK", "0") != "0":
-        sys.exit(2)  # rank 0 says it
+def fail(message):
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # had rank 0 found the same, torchrun would end this process before it repeats it
     Parser().exit(2, f"train.py: error: {message}\n")
 
 if __name__ == "__main__":
@@ -227,8 +235,8 @@ def seed_of(*parts):
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
 
 def seed_all(seed, device):
-    """torch.manual_seed, which on a CPU would write a stack trace for each absent kind of device: 3 % of a step
-    of tiny."""
+    """torch.manual_seed, which on a CPU writes a stack trace for each absent kind of device: 3 % of tiny's
+    step."""
     (torch.default_generator if device.type == "cpu" else torch).manual_seed(seed)
 
 def lr_factor(step, steps):
@@ -276,6 +284,8 @@ def join(config):
     """Meet the other processes that torchrun started, if it did; only rank 0 speaks."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available() and config.device in ("auto", "cuda"):
+            if (n := int(os.environ["LOCAL_WORLD_SIZE"])) > (gpus := torch.cuda.device_count()):
+                raise UserError(f"--nproc-per-node {n}: each process takes a GPU, here are {gpus}")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(days=7))  # rank 0's teacher may draw for as long
         if rank():
@@ -295,6 +305,12 @@ def from_first(make):
         raise found[0]
     return found[0]
 
+def deal(rows):
+    """A batch -> (this process's rows, all rows process after process, how many each has)."""
+    hands = [rows[i::world()] for i in range(world())]
+    # With fewer rows than processes some have none: they go along with the first one, which is not counted.
+    return hands[rank()] or rows[:1], sum(hands, []), [len(hand) for hand in hands]
+
 def everyones(outputs, counts):
     """Tensors (b, .) of this process -> (B, .) of all, process after process; counts [N]: how many of each.
     Only the own rows have a graph, the others' is in their process. So each takes the loss of the WHOLE
@@ -302,6 +318,7 @@ def everyones(outputs, counts):
     if world() == 1:
         return outputs
     own = torch.cat([each.float() for each in outputs], 1)
+    own.register_hook(lambda gradient: gradient * world())  # since DDP and FSDP take the processes' mean
     padded = F.pad(own.detach(), (0, 0, 0, max(counts) - len(own)))  # one shape for all
     found = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(found, padded)
@@ -321,8 +338,11 @@ def together(own, n):
     return [result for group in zip(*found) for result in group][:n]
 
 def whole(value):
-    """A tensor that may be split over processes, in one piece on the CPU where it was."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    """A tensor that may be split over processes in one piece, which rank 0, who writes, keeps on the CPU."""
+    if not isinstance(value, DTensor):
+        return value
+    value = value.full_tensor()
+    return None if rank() else value.cpu()
 
 # ---- files -------------------------------------------------------------------------------------------------
 @contextmanager
@@ -477,7 +497,7 @@ class Cell:
                 if name.endswith("classifier.bias"):
                     torch.nn.init.constant_(value, data.labels.mean().item())
         if world() > 1 and not config.fsdp:  # the aligner is so small that each process trains it all
-            self.parallel = DistributedDataParallel(self.student, broadcast_buffers=False,
+            self.parallel = DistributedDataParallel(self.student, forward_sync_buffers=False,
                                                     gradient_as_bucket_view=True)
         self.optimizers = {role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
                            for role, model in self.models.items()}  # which leaves out what has no gradient
@@ -500,14 +520,15 @@ class Cell:
 
     def save(self, name="last"):
         """best/, last/: the student as load_student and AutoModel open it; in last/ also all to go on."""
-        state = {key: whole(value) for key, value in self.student.state_dict().items()}
-        moments = {f"{role} {i} {key}": whole(value) for role, optimizer in self.optimizers.items()
+        state = {key: whole(value) for key, value in self.student.state().items()}
+        going_on = self.optimizers if name == "last" else {}
+        moments = {f"{role} {i} {key}": whole(value) for role, optimizer in going_on.items()
                    for i, each in optimizer.state_dict()["state"].items() for key, value in each.items()}
         if rank():
             return
         with replacing(self.folder / name) as new:
             self.student.save(new, state)
-            if name == "last":
+            if going_on:
                 if self.aligner:
                     save_file(self.aligner.state_dict(), new / "aligner.safetensors")
                 save_file(moments, new / "optimizers.safetensors")
@@ -537,11 +558,11 @@ class Cell:
             torch.manual_seed(seed_of(self.seed, "sample", split))
             answers = self.student.generate(rows, size, self.autocast, self.config.sampling_temperature)
         else:  # twice as many: no activations are kept for a backward pass
-            answers, p_s = self.student.answers(rows, 2 * size, self.autocast, keep)
+            answers, p_s = self.student.answers(rows, 2 * size, self.autocast, -(-keep // world()))
         answers = together(answers, n)
         scores = evaluation.score(self.data.task, examples, answers)
         if self.student.generates and split == "dev":  # a test file's may be wrong: some are another model's
-            losses, p_s = self.student.answers(rows, size, self.autocast, keep)
+            losses, p_s = self.student.answers(rows, size, self.autocast, -(-keep // world()))
             losses = together(losses, n)
             scores["loss"] = sum(losses) / n
         return scores, answers, together(p_s, keep)
@@ -574,12 +595,10 @@ def update(cell, epoch, role, step, rows):
     """One optimizer step of the aligner or the student on a batch; {name: 0-dim tensor} for the log."""
     config, data, device, aligner = cell.config, cell.data, cell.device, cell.aligner
     model, optimizer, scaler = cell.models[role].train(), cell.optimizers[role], cell.scalers[role]
-    values, n = {}, world()
+    values = {}
     for micro in range(0, len(rows), config.micro_batch):
-        part = rows[micro:micro + config.micro_batch]
-        shares = [part[i::n] for i in range(n)]                # the rows of each process
-        own, part = shares[rank()] or part[:1], sum(shares, [])
-        first = micro + rank() * (role == "student")           # of the own rows: each process its dropout
+        own, part, counts = deal(rows[micro:micro + config.micro_batch])
+        first = micro + rank() * (role == "student")           # each process its dropout; aligners are alike
         seed_all(seed_of(cell.seed, role, epoch, step, first), device)
         y = data.labels[part].to(device)                       # (B,), or (B, |V_a|) bags of tokens
         e = cell.lookup(part).to(device) if aligner else None  # (B, d_e)
@@ -594,14 +613,13 @@ def update(cell, epoch, role, step, rows):
             with cell.autocast():
                 out = cell.parallel(**{key: value.to(device) for key, value in x.items()})
             out, losses = (out[0], [out[1][:, None]]) if model.generates else (out, [])
-            o_s, a_s, p_s, *losses = everyones([*out, *losses], [len(each) for each in shares])
+            o_s, a_s, p_s, *losses = everyones([*out, *losses], counts)
             loss, parts = student_loss(
                 Outputs(o_s, a_s, p_s), target, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma,
                 kind=config.loss, temperature=config.temperature, output_factor=config.output_factor,
                 answer_loss=losses[0].mean() if losses else None)
         weight = len(part) / len(rows)  # of the batch: exact for a short last micro-batch too
-        # DDP and FSDP take the mean of the processes' gradients, of which the batch's is the sum.
-        scaler.scale(loss * weight * (n if role == "student" else 1)).backward()
+        scaler.scale(loss * weight).backward()
         for name, value in {**parts, "loss": loss}.items():
             values[name] = values.get(name, 0) + weight * value.detach()
     scaler.unscale_(optimizer)
@@ -703,8 +721,10 @@ def train(config):
             if not rank():
                 write_json(out / arm / str(seed) / "config.json", vars(cell))
             run(Cell(cell, data, out / arm / str(seed)))
+            gc.collect()  # DDP and FSDP hold a student in cycles: it would be there beside the next one
     except (UserError, OSError):
-        if fresh and {each.name for each in out.rglob("*") if each.is_file()} <= {"config.json"}:  # not begun
+        written = {each.name for each in out.rglob("*") if each.is_file()}
+        if fresh and written <= {"config.json"} and not rank():  # not begun
             shutil.rmtree(out, ignore_errors=True)
         raise
     return from_first(lambda: {arm: {seed: json.loads((out / arm / str(seed) / "metrics.json").read_text())
@@ -712,7 +732,9 @@ def train(config):
 
 def begin(config):
     """(resolved Config, is its folder new, [(seed, arm)] still to train); writes OUT/config.json."""
-    config = resolve(resume_config(config.resume, {}) if config.resume and not config.out else config)
+    if config.resume and not config.out:
+        config = resume_config(config.resume, {"fsdp": config.fsdp})
+    config = resolve(config)
     out, fresh = Path(config.out), not Path(config.out).exists()
     if not config.resume and (out / "config.json").exists():
         raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give another --out")
@@ -735,20 +757,21 @@ def main(argv=None):
     try:
         if config.plan:
             from tests.plan import plan
-            return print(plan(config))
+            return print(plan(config, [replace(config, **ARMS[arm]) for arm in config.arms]))
         train(config)
         if not rank():
             print(evaluation.report(evaluation.find_cells([config.out])))
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
-        fail(error, everywhere=False)
+        fail(error)
     except torch.OutOfMemoryError:
         fail("out of memory: try a smaller --micro-batch or --max-length, --grad-checkpoint on or --amp bf16")
     except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
         fail(f"{error}; if {config.out} was begun, it is whole: mend this and --resume {config.out}")
     except KeyboardInterrupt:
-        Parser().exit(130, f"\nstopped; go on with: python train.py --resume {config.out}\n")
+        message = f"\nstopped; go on with: python train.py --resume {config.out}\n"
+        Parser().exit(130, "" if rank() else message)
 
 if __name__ == "__main__":
     main()

@@ -6,10 +6,11 @@ Not a test: timings on a busy machine are noisy.
     python -m tests.bench --only lengths ...                        # one part (repeat --only for more)
     python -m tests.bench --lora DECODER_FOLDER --data-dir FOLDER   # LoRA against all weights, on ARC-Easy
 
-Lines: what is compared, the ratio, and the two medians in ms. "Ours" is train.py's own update() or run(),
-not a copy of it.
+Lines: what is compared, the ratio, and the two medians (in padding and published: sums) in ms. In published,
+share, trainer and processes "ours" is train.py's own update() or run(); the others compare two like steps.
 """
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -279,41 +280,43 @@ def trainer(bench):
     print("  tokens with padding per real token: " + ", ".join(
         f"{name} {every / real:.3f}" for name, (real, every) in filled.items()))
 
-def inside(cell, role, steps):
-    """Run update() on these (step, rows) -> (ms in the model's forward and in backward(), ms in all), a
-    pair a step. CPU only: a GPU's work would have to be waited for."""
-    model, spent, found = cell.models[role], [0.0], []
-    forward, backward = model.forward, torch.Tensor.backward
+def inside(cell, steps):
+    """Run the student's update() on these (step, rows) -> {part of it: seconds}, "all" included, without the
+    first three steps, which warm up. CPU only: a GPU's work would have to be waited for."""
+    spent = dict.fromkeys(("forward", "backward", "AdamW", "clipping", "aligner", "all"), 0.0)
 
-    def timed(function):
+    def timed(part, function):
         def call(*args, **kwargs):
             start = time.perf_counter()
             result = function(*args, **kwargs)
-            spent[0] += time.perf_counter() - start
+            spent[part] += time.perf_counter() - start
             return result
         return call
 
-    model.forward, torch.Tensor.backward = timed(forward), timed(backward)
-    try:
-        for step, rows in steps:
-            spent[0], start = 0.0, time.perf_counter()
-            training.update(cell, 0, role, step, rows)
-            found.append((1e3 * spent[0], 1e3 * (time.perf_counter() - start)))
-    finally:
-        torch.Tensor.backward = backward
-        del model.forward  # the class's own is back
-    return found[min(3, len(found) // 2):]  # the first steps warm up
+    with contextlib.ExitStack() as stack:
+        for part, owner, name in (("forward", cell.student, "forward"),
+                                  ("backward", torch.Tensor, "backward"),
+                                  ("AdamW", cell.optimizers["student"], "step"),
+                                  ("clipping", torch.nn.utils, "clip_grad_norm_"),
+                                  ("aligner", cell.aligner, "forward")):
+            stack.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
+        for i, (step, rows) in enumerate(steps):
+            if i == 3:
+                spent.update(dict.fromkeys(spent, 0.0))
+            timed("all", training.update)(cell, 0, "student", step, rows)
+    return spent
 
 def share(bench):
     """What part of update()'s wall time a student spends in its own forward and backward passes, arm armada:
     this encoder in batches of 32, and tiny on objects, where a step is so short that all the rest weighs."""
     def line(name, cell, count):
         steps = [(step, rows) for _, role, step, rows in cell.schedule() if role == "student"]
-        found = inside(cell, "student", steps[:count])
-        print(f"{f'share of a step inside forward and backward: {name}':<66} "
-              f"{sum(own for own, _ in found) / sum(all for _, all in found):6.3f}   "
-              f"({statistics.median(own for own, _ in found):.1f} ms / "
-              f"{statistics.median(all for _, all in found):.1f} ms)", flush=True)
+        spent = inside(cell, steps[:count])
+        every = spent.pop("all")
+        own = (spent["forward"] + spent["backward"]) / every
+        print(f"{f'share of a step inside forward and backward: {name}':<66} {own:6.3f}\n  " + ", ".join(
+            f"{part} {part_of / every:.1%}" for part, part_of in spent.items())
+            + f", the rest {1 - sum(spent.values()) / every:.1%}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         line("batches of 32", bench.cell("armada", len(bench.rows), folder), 3 + bench.rounds)
@@ -353,7 +356,7 @@ def lengths(bench):
         x, y = long_batch(bench, length)
 
         def run(_):
-            with no_attention() if without else nullcontext():
+            with no_attention() if without else contextlib.nullcontext():
                 out = student(**x)
             optimizer_step(student, student_loss(out, None, y, alpha=0, beta=0, gamma=0, **KW)[0])
         return run
@@ -407,7 +410,7 @@ def processes(bench):
     """Steps a second of the student: train.py in two processes / in one, each with one thread, --batch-size
     the same for both (it is the whole batch's, a process takes its share). From log.jsonl; one process needs
     no torchrun. The vectors are random: their content takes no time."""
-    count, seconds = 32 * max(4, bench.rounds // 2), {1: [], 2: []}
+    count, seconds = 32 * max(3, bench.rounds // 2), {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         if bench.real:
             encoder, task = bench.args.encoder, ["--task", "rte", "--data-dir", bench.args.data_dir]
@@ -427,16 +430,17 @@ def processes(bench):
                 start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"][:4 * (n > 1)]
                 done = subprocess.run(
                     [sys.executable, *start, "train.py", *task, "--student", encoder, "--device", "cpu",
-                     "--limit", str(count), "--eval-limit", "8", "--epochs", "2", "--out", out],
+                     "--limit", str(count), "--eval-limit", "8", "--epochs", "4", "--eval-every", "4",
+                     "--out", out],
                     capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
                 if done.returncode:
                     why = [line for line in done.stderr.splitlines() if "rror" in line] or ["no word of why"]
                     return print(f"train.py in {n} process(es) failed: {why[0][:200]}")
                 lines = map(json.loads, Path(out, "armada/0/log.jsonl").read_text().splitlines())
-                # The second epoch: in the first every batch longer than all before it takes fresh memory.
+                # Not the first epoch: there every batch longer than all before it takes fresh memory.
                 seconds[n].append(1e3 * sum(line["tokens"] / line["tokens_per_second"] for line in lines
-                                            if line.get("role") == "student" and line["epoch"] == 2))
-    report("the student's second epoch: 1 process / 2, a thread each", seconds, 1, 2)
+                                            if line.get("role") == "student" and line["epoch"] > 1))
+    report("the student's epochs 2 to 4: 1 process / 2, a thread each", seconds, 1, 2)
 
 def lora_ratio(args):
     """A training step with LoRA of rank 8 / one of all weights, and the adapters' share of the parameters."""

@@ -396,10 +396,9 @@ def table(estimates):
     return lines + [f"  {'total':36}" + "".join(f"{sum(parts.values()) / 2**30 + more:11.3f}"
                                                 for parts in found)]
 
-def plan(config):
-    """The text that --plan prints, of a resolved Config. UserError where the run itself would raise one."""
-    from train import ARMS  # which imports this module when asked for a plan
-    arms = [replace(config, **ARMS[arm]) for arm in config.arms]
+def plan(config, arms):
+    """The text that --plan prints, of a resolved Config and that of each arm. UserError where the run itself
+    would raise one."""
     distilled = [arm for arm in arms if arm.beta or arm.alpha * arm.output_factor]
     config, task = (distilled or arms)[0], find_task(config.task)  # an arm with an aligner takes the most
     generates, examples = task.kind == "generate", examples_at_hand(config)

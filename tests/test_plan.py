@@ -183,6 +183,7 @@ def test_answers_to_generate_have_logits_and_keys():
 
 @pytest.mark.parametrize("flags, says", [
     (["--memory", "0"], "--memory 0.0 must be a number above 0"),
+    (["--fsdp"], "--plan tells the memory of one process"),
     (["--max-length", "200"], "reads at most 128 tokens"),
     (["--proj-dim", "2000"], "--proj-dim 2000 is over painter's 1024"),
     (["--lora", "99"], "--lora 99"),
@@ -196,7 +197,8 @@ def test_what_cannot_be_planned_is_one_line(flags, says, folder, capsys):
 
 def test_no_such_folder_is_a_user_error():
     with pytest.raises(UserError, match="vectors:nowhere|nowhere"):
-        plan.plan(replace(settings(student="tiny"), teacher="vectors:nowhere"))
+        config = replace(settings(student="tiny"), teacher="vectors:nowhere")
+        plan.plan(config, [config])
 
 def test_memory_is_that_of_a_real_training(child):
     """Within 15 %; the last test, for the child to have ended."""
