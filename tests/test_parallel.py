@@ -172,7 +172,8 @@ def lines(path):
 def test_two_processes_write_one_run(fsdp, lora, family, causal_folder, tmp_path):
     flags = dict(task="reason/arc_e", data_dir=write_reasoning(tmp_path), student=causal_folder(family),
                  seeds="0", arms="armada", teacher="painter", lora=lora, epochs=2, batch_size=4,
-                 max_length=400, device="cpu", max_new_tokens=4, out=str(tmp_path / "run"), eval_limit=9, fsdp=fsdp)
+                 max_length=400, device="cpu", max_new_tokens=4, eval_limit=9, fsdp=fsdp,
+                 out=str(tmp_path / "run"))
     metrics = on_two(tmp_path, whole_run, flags)[0]["armada"][0]
     cell = tmp_path / "run/armada/0"
     written = lines(cell / "predictions_test.jsonl")
