@@ -271,8 +271,8 @@ def precision(config):
     return device, partial(torch.autocast, device.type, dtype, amp != "off"), scalers, why
 
 # ---- several processes (torchrun) --------------------------------------------------------------------------
-# All of this does nothing in one process. Of several, each goes through the whole run and takes every N-th row
-# of each batch: as many tokens as the others, since a batch is sorted by length.
+# All of this does nothing in one process. Of several, each goes through the whole run and takes every N-th
+# row of each batch: as many tokens as the others, since a batch is sorted by length.
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
