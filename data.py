@@ -34,6 +34,11 @@ class Parser(argparse.ArgumentParser):
         hint = f": did you mean {near[0]}?" if near else f" (see python {self.prog} --help)"
         self.exit(2, f"{self.prog}: error: {message}{hint}\n")
 
+    def exit(self, status=0, message=None):
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # had rank 0 found the same, torchrun would end this process before it repeats it
+        super().exit(status, message)
+
 class Example(NamedTuple):
     fields: dict               # the texts of one row, as they stand in the file
     label: int | float | tuple | None  # class id, score, None (official test rows); for generation references

@@ -205,8 +205,6 @@ def configure(argv=None):
         fail(error)
 
 def fail(message):
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # had rank 0 found the same, torchrun would end this process before it repeats it
     Parser().exit(2, f"train.py: error: {message}\n")
 
 if __name__ == "__main__":
