@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import ANSWERS, Parser, UserError, encode, find_task, load_task
+from data import ANSWERS, Parser, UserError, encode, find_task, load_task, seed_of
 
 # ---- metrics -----------------------------------------------------------------------------------------------
 def _correlation(a, b):
@@ -205,45 +205,81 @@ def find_cells(runs):
                 raise UserError(f"{path} is damaged: delete it and --resume the run") from None
     return cells
 
+def shard_list(items):
+    """Every N-th item, equally many in each process: the first ones stand in where they do not go round."""
+    from student import rank, world
+    n = -(-len(items) // world()) * world()
+    return [items[i % len(items)] for i in range(rank(), n, world())]
+
+def gather_list(own, n):
+    """The n results, in order, of which each process computed its shard_list()."""
+    import torch.distributed as dist
+    from student import world
+    found = [own] * world()
+    if world() > 1:
+        dist.all_gather_object(found, own)
+    return [result for group in zip(*found) for result in group][:n]
+
+def score_student(student, task, examples, rows, *, split, seed, batch_size, autocast=contextlib.nullcontext,
+                  temperature=0.0, keep=0):
+    """(metrics, answers, p_s of the first `keep` texts) of a student on a split: examples and their encoded
+    rows. metrics are None for unknown labels. Of several processes each reads a part, and all get all."""
+    import torch
+    from student import world
+    n, keep = len(rows), min(len(rows), keep)
+    rows, size, keep_own, p_s = shard_list(rows), -(-batch_size // world()), -(-keep // world()), []
+    if student.generates:
+        torch.manual_seed(seed_of(seed, "sample", split))
+        answers = student.generate(rows, size, autocast, temperature)
+    else:  # twice as many: no activations are kept for a backward pass
+        answers, p_s = student.answers(rows, 2 * size, autocast, keep_own)
+    answers = gather_list(answers, n)
+    scores = score(task, examples, answers)
+    if student.generates and split == "dev":  # a test file's may be wrong: some are another model's
+        losses, p_s = student.answers(rows, size, autocast, keep_own)
+        scores["loss"] = sum(gather_list(losses, n)) / n
+    return scores, answers, gather_list(p_s, keep)
+
 def evaluate_cell(cell, metrics, data_dir, other_task=None):
     """Score a cell's saved students again, into `metrics` and predictions_* -> who is right on dev. Given
     another task, which is trained on the same files: on its test file alone, into predictions_TASK."""
     import torch
-    from student import load_student
-    from train import Config, precision, seed_of
-    saved = json.loads((cell / "config.json").read_text())  # an earlier version had other fields
-    config = Config(**{name: value for name, value in saved.items() if name in vars(Config())})
-    trained, task = find_task(config.task), find_task(other_task or config.task)
+    from types import SimpleNamespace
+
+    from student import load_student, precision
+    config = json.loads((cell / "config.json").read_text())  # an earlier version had other fields
+    trained, task = find_task(config["task"]), find_task(other_task or config["task"])
     if other_task and (not task.files or task.files != trained.files):
         raise UserError(f"--task {task.name}: {cell} was trained on other files, those of {trained.name}")
     print(f"scoring {cell}", file=sys.stderr)
-    amp = config.amp if config.amp != "fp16" or torch.cuda.is_available() else "off"  # as training had it
-    device, autocast, *_ = precision(Config(amp=amp))
-    splits = {split: examples if split == "train" else examples[:config.eval_limit] for split, examples in
-              load_task(task.name, data_dir or config.data_dir, config.cache_dir).items()}
-    metrics.update(task=task.name, arm=config.arms[0])
-    def answers(folder, split):
+    amp = config["amp"] if config["amp"] != "fp16" or torch.cuda.is_available() else "off"  # as training had it
+    device, autocast, *_ = precision(SimpleNamespace(device="auto", amp=amp, fsdp=False))
+    splits = {split: examples if split == "train" else examples[:config["eval_limit"]] for split, examples in
+              load_task(task.name, data_dir or config["data_dir"], config["cache_dir"]).items()}
+    metrics.update(task=task.name, arm=config["arms"][0])
+
+    def scored(folder, split):
+        """(metrics, answers) of the student in a folder of the cell."""
         student = load_student(cell / folder).to(device)
         if torch.bfloat16 in autocast.args:
             student.round_base()
-        rows, _ = encode(task, splits[split], student.tokenizer, config.max_length, student.decoder,
-                         config.max_new_tokens)
-        torch.manual_seed(seed_of(config.seeds[0], "sample", split))
-        if student.generates:
-            return student.generate(rows, config.micro_batch, autocast, config.sampling_temperature)
-        return student.answers(rows, config.micro_batch, autocast)[0]
+        rows, _ = encode(task, splits[split], student.tokenizer, config["max_length"], student.decoder,
+                         config.get("max_new_tokens"))
+        scores, answers, _ = score_student(
+            student, task, splits[split], rows, split=split, seed=config["seeds"][0], autocast=autocast,
+            batch_size=config["micro_batch"], temperature=config.get("sampling_temperature", 0.0))
+        return scores, answers
 
     if other_task:  # dev is that of the same training file
-        found = answers("last", "test")
-        write_predictions(cell, task.name.replace("/", "_"), task, splits["test"], found)
-        metrics["test"] = score(task, splits["test"], found)
+        metrics["test"], answers = scored("last", "test")
+        write_predictions(cell, task.name.replace("/", "_"), task, splits["test"], answers)
         return []
     if (cell / "best").exists():  # not in a run that was stopped before its first evaluation
-        metrics.setdefault("best", {})["dev"] = score(task, splits["dev"], answers("best", "dev"))
-    found = {split: answers("last", split) for split in splits if split != "train"}
-    for split in found:
+        metrics.setdefault("best", {})["dev"], _ = scored("best", "dev")
+    found = {}
+    for split in [split for split in splits if split != "train"]:
+        metrics[split], found[split] = scored("last", split)
         write_predictions(cell, split, task, splits[split], found[split])
-        metrics[split] = score(task, splits[split], found[split])
     return [answer == example.label for answer, example in zip(found["dev"], splits["dev"])]
 
 def by_run(cells):
@@ -319,6 +355,61 @@ def verdicts(compared, split="dev"):
             "(to armada: as it is)",
             *aligned(rows)]
 
+def plot(cells):
+    """Writes learning_curves.png, arms.png and, given two doses, dose_response.png into each run's folder."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+
+    def mark(ax, x, values, colour):
+        """The seeds as faint dots, their mean with its interval where there is one."""
+        ax.plot([x] * len(values), values, ".", color="0.65")
+        ax.plot([x, x], bootstrap_interval(values) or [np.nan, np.nan], "_-", color="black", markersize=10)
+        ax.plot(x, np.mean(values), "o", color="black", markerfacecolor=colour)
+
+    labels = {"learning_curves": "epoch (mean over seeds)",
+              "arms": "dots are seeds, hollow circles controls, bars 95 % intervals of the mean",
+              "dose_response": "dose of the picture, RHO in painter:RHO; dots are seeds, bars 95 % intervals"}
+    for run, task, arms in by_run(cells):
+        axes = {name: Figure(figsize=(7, 4.5), layout="constrained").subplots() for name in labels}
+        (curves, dots, doses), mean_at = axes.values(), {}
+        metric = headline(task, [cell for seeds in arms.values() for cell in seeds.values()])
+        for i, (arm, seeds) in enumerate(arms.items()):
+            values, by_epoch = [100 * cell["dev"][metric] for cell in seeds.values()], {}
+            logs = "".join((run / arm / str(seed) / "log.jsonl").read_text() for seed in seeds)
+            for line in map(json.loads, logs.splitlines()):
+                if "dev" in line:
+                    by_epoch.setdefault(line["epoch"], []).append(100 * line["dev"][metric])
+            style = "osD^v<>PX*"[i % 10] + ("-", "--", ":", "-.")[i % 4]  # told apart in grey print too
+            curves.plot(by_epoch.keys(), [np.mean(seen) for seen in by_epoch.values()], style,
+                        color=str(0.75 * i / len(arms)), label=arm)
+            first = next(iter(seeds.values()))
+            mark(dots, i, values, "white" if first.get("control") else "black")
+            kind, _, rho = first.get("teacher", "").partition(":")
+            if kind == "painter" and (arm == "armada" or arm.startswith("dose-")):
+                mean_at[float(rho or 1)] = np.mean(values)
+                mark(doses, float(rho or 1), values, "black")
+            elif arm == "undistilled":
+                doses.legend([doses.axhline(np.mean(values), color="0.4", linestyle="--")], [arm])
+        doses.plot(*zip(*sorted(mean_at.items())), color="black")
+        dots.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
+        curves.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        for name, ax in [*axes.items()][:3 if len(mean_at) > 1 else 2]:
+            ax.set(xlabel=labels[name], ylabel=f"{task.name}, dev {metric} (%)")
+            ax.figure.savefig(run / f"{name}.png", dpi=150)
+            print(f"wrote {run / name}.png")
+
+def agreement(cells, right):
+    """The text on two cells {folder: metrics}, given for each: is a dev example answered right?"""
+    task, other = (metrics["task"] for metrics in cells.values())
+    a, b = ("/".join(folder.parts[-3:]) for folder in cells)
+    if task != other or not find_task(task).labels:
+        raise UserError(f"{a} and {b}: example by example, give two cells of one classification task")
+    (both, only_a, only_b, neither), p = mcnemar(*right)
+    return (f"{task}, {len(right[0])} dev examples: both right {both}, only {a} {only_a}, "
+            f"only {b} {only_b}, both wrong {neither}; McNemar's exact p {p:.2g}")
+
 def main(argv=None):
     parser = Parser(prog="eval.py", allow_abbrev=False, description="Compare arms, or two students.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="A run, part of it, or two ARM/SEED folders.")
@@ -334,7 +425,6 @@ def main(argv=None):
             raise UserError("--task: no cell there is finished; go on with train.py --resume first")
         right = [evaluate_cell(folder, metrics, args.data_dir, args.task) for folder, metrics in cells.items()
                  if pair or args.rescore or args.task or not metrics]
-        from tests.figures import agreement, plot  # what is not needed for a verdict lies in tests/
         print(agreement(cells, right) if pair else report(cells, save=not args.task))
         if args.plot and not pair:
             plot(cells)

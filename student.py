@@ -10,15 +10,15 @@ answer's bag of tokens over an answer vocabulary V_a (losses.answer_losses), C =
 
     load_student("runs/rte/armada/0/last").predict([("A man sleeps.", "A man is awake.")])
 """
-import difflib
-import functools
 import json
+import os
 import re
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
-import huggingface_hub as hub
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import transformers
 from safetensors import SafetensorError
@@ -29,17 +29,11 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from align import Householder, Outputs
-from data import UserError, collate
+from data import SHORT_NAMES, UserError, check_available, collate, explain_loading, load_tokenizer
 from losses import answer_losses, predictions
 
 transformers.logging.set_verbosity_error()  # its load report lists the vocabulary heads, left out on purpose
 transformers.logging.disable_progress_bar()
-
-# DEVIATION: the authors' `nlayers 6` cuts every student to six layers; here only bert-6l is cut.
-SHORT_NAMES = {"bert-base": "google-bert/bert-base-uncased", "bert-6l": "google-bert/bert-base-uncased",
-               "deberta-v2-xxlarge": "microsoft/deberta-v2-xxlarge", "opt-125m": "facebook/opt-125m",
-               "opt-1.3b": "facebook/opt-1.3b", "llama-3b": "meta-llama/Llama-3.2-3B",
-               "llama-7b": "huggyllama/llama-7b", "llama-8b": "meta-llama/Llama-3.1-8B"}
 
 POOLED = ("bert", "roberta", "xlm-roberta")  # whose pooler_output is read
 LORA_TARGETS = ("q_proj", "v_proj", "query", "value", "query_proj", "value_proj")  # LLaMA, OPT; BERT; DeBERTa
@@ -330,64 +324,62 @@ def _tiny(texts):
                                      num_attention_heads=4, intermediate_size=128, initializer_range=0.05)
     return transformers.BertModel(config), tokenizer
 
-@functools.cache
-def check_available(name, file="config.json"):
-    """from_pretrained arguments for a short name, hub id or folder; UserError in seconds, before any weight.
-    Left alone, transformers retries an unreachable hub for half a minute; we ask once, for the config."""
-    repo = str(Path(name).resolve()) if Path(name).is_dir() else SHORT_NAMES.get(name, name)
-    how = {"pretrained_model_name_or_path": repo}
-    if Path(repo, file).is_file():
-        return how
-    if Path(repo).is_dir():
-        raise UserError(f"{name} holds no {file}: give a folder that save_pretrained wrote (a LoRA's: "
-                        "load_student(...).merge().save(...) first)")
-    try:
-        hub.get_hf_file_metadata(hub.hf_hub_url(repo, file), timeout=5)
-        return how
-    except hub.errors.GatedRepoError:
-        why = f"gated: accept its licence at {hub.constants.ENDPOINT}/{repo} and set HF_TOKEN"
-    except (hub.errors.HFValidationError, hub.errors.RepositoryNotFoundError, hub.errors.EntryNotFoundError):
-        why = f"no folder here, no public model (private: HF_TOKEN); known: tiny, {', '.join(SHORT_NAMES)}"
-    except Exception as error:  # no network, a proxy, a time-out, HF_HUB_OFFLINE; the hub's cache may have it
-        if isinstance(hub.try_to_load_from_cache(repo, file), str):
-            return how | {"local_files_only": True}
-        why = f"{' '.join(str(error).split())[:100]}; connect, or give the folder of an `hf download {repo}`"
-    near = difflib.get_close_matches(name, [*SHORT_NAMES, "tiny"], 1) if repo == name else []
-    raise UserError(f"could not fetch {repo}: {why}" + "".join(f"; did you mean {short}?" for short in near))
-
 def load_pretrained(name, model_class=transformers.AutoModel, weights=True):
     """(model, tokenizer) from a short name, hub id or folder; float32 whatever the checkpoint's dtype.
     OPT's is float16, in which lr times gradient rounds to nothing, and which GradScaler refuses.
     Without weights: (None, tokenizer), after the same checks."""
     how, cut = check_available(name), {"num_hidden_layers": 6} if name == "bert-6l" else {}
     generates = model_class is transformers.AutoModelForCausalLM
-    try:
-        config = getattr(model_class, "config_class", transformers.AutoConfig).from_pretrained(**how)
+    with explain_loading(name):
+        config = transformers.AutoConfig.from_pretrained(**how)
         if config.is_encoder_decoder or not hasattr(config, "hidden_size"):
             raise UserError(f"{name} is a {config.model_type} model: give one like BERT or OPT")
         if generates and not is_decoder(config):
             raise UserError(f"{name} reads both ways, it cannot generate: give one like opt-125m or llama-7b")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**how, padding_side="right")
-        # Without its files transformers invents an empty tokenizer, to which every text is the same.
-        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-            raise UserError(f"{name} has no tokenizer files: copy tokenizer.json (or the vocabulary) into it")
+        tokenizer = load_tokenizer(name, how)
         scales = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # Granite, Cohere, Gemma 2
         if generates and any(getattr(config, scale, None) not in (None, 1) for scale in scales):
             raise UserError(f"{name} changes its logits after the vocabulary head, which is not built here")
         if generates and tokenizer.eos_token is None:
             raise UserError(f"{name}'s tokenizer has no eos_token, with which an answer ends")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token  # LLaMA: none
         if not weights:
             return None, tokenizer
         model, info = model_class.from_pretrained(**how, **cut, dtype=torch.float32, output_loading_info=True)
-    except UserError:
-        raise
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        missing = re.search("entencepiece|tiktoken", str(error))  # transformers names the wrong package
-        more = "; pip install sentencepiece protobuf" if missing else ""
-        raise UserError(f"could not load {name}: {' '.join(str(error).split())[:300]}{more}") from None
     if lacks := ", ".join(sorted(info["missing_keys"])[:3]):
-        if model_class is not transformers.AutoModel:  # a teacher, which nobody trains, or a vocabulary head
+        if generates:
             raise UserError(f"{name} is no {model_class.__name__}: it lacks {lacks}")
         print(f"note: {name} lacks {lacks}, which start at random")
     return model, tokenizer
+
+# ---- where it runs: device, precision, processes ----
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def world():
+    """N, the number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+def precision(config):
+    """(device, autocast context, {role: GradScaler}, the reason in words): the loop has no branch for it."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if config.device == "auto" else config.device)
+    if device == torch.device("cuda") and world() > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # a GPU for each process
+    if (device.index or 0) >= torch.get_device_module(device).device_count():
+        raise UserError(f"--device {config.device}: torch sees no such device here; try --device {auto}")
+    best, why = "off", f"float32 on {device.type}"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32: 10-bit mantissas in products, several times faster
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        best, why = ("bf16", "the GPU has it") if has else ("fp16", "the GPU has no bf16")
+    elif config.amp == "fp16":
+        raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
+    amp, why = (best, why) if config.amp == "auto" else (config.amp, "as asked")
+    if config.fsdp and amp == "fp16":
+        raise UserError("--fsdp: fp16's loss scaling does not see other processes: --amp bf16 or off")
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range.
+    scalers = {role: torch.amp.GradScaler(device.type, enabled=role == "student" and amp == "fp16")
+               for role in ("aligner", "student")}  # the aligner is float32 whatever the student is
+    why = f"{device}, amp {amp} ({why})"
+    return device, partial(torch.autocast, device.type, dtype, amp != "off"), scalers, why

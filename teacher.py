@@ -26,7 +26,8 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from data import CACHE, OBJECTS, Parser, UserError, find_task, known, load_task, patiently
+from data import (CACHE, OBJECTS, Parser, UserError, check_available, explain_loading, find_task, known,
+                  load_task, load_tokenizer, retry)
 
 class Teacher:
     """The interface: name (with all that changes a vector: it is the cache's key), dim, encode(texts)."""
@@ -97,9 +98,16 @@ def _device():
 
 def _frozen(name, kind):
     """(model, tokenizer) of a transformers class, without gradients, on the GPU where there is one."""
+    import torch
     import transformers
-    from student import load_pretrained  # asks the hub once and words its refusals
-    model, tokenizer = load_pretrained(name or "openai/clip-vit-large-patch14", getattr(transformers, kind))
+    name = name or "openai/clip-vit-large-patch14"
+    how = check_available(name)  # asks the hub once and words its refusals
+    with explain_loading(name):
+        tokenizer = load_tokenizer(name, how)
+        model, info = getattr(transformers, kind).from_pretrained(**how, dtype=torch.float32,
+                                                                  output_loading_info=True)
+    if lacks := ", ".join(sorted(info["missing_keys"])[:3]):
+        raise UserError(f"{name} is no {kind}: it lacks {lacks}")
     return model.eval().requires_grad_(False).to(_device()), tokenizer
 
 class Clip(Teacher):
@@ -132,7 +140,6 @@ def clip_pixels(name):
 def vae(name):
     """Stable Diffusion's own eye: the 4 x 16 x 16 latent of the picture at 128 x 128, 1024 numbers."""
     from diffusers import AutoencoderKL, image_processor
-    from student import check_available
     model = AutoencoderKL.from_pretrained(**check_available(name or "stabilityai/sd-vae-ft-mse"),
                                           use_safetensors=True).requires_grad_(False).to(_device())
     prepare = image_processor.VaeImageProcessor().preprocess  # to -1 .. 1, in which the VAE was trained
@@ -162,7 +169,6 @@ class StableDiffusion(Pictures):
     def __init__(self, model, encoder):
         import torch
         from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
-        from student import check_available
         how = check_available(model or "stable-diffusion-v1-5/stable-diffusion-v1-5", "model_index.json")
         draw = DiffusionPipeline.from_pretrained(  # no safety checker: its black squares would be data
             **how, use_safetensors=True, safety_checker=None, requires_safety_checker=False,
@@ -231,12 +237,12 @@ class Api(Pictures):
             found = json.load(urllib.request.urlopen(request, timeout=120))["data"][0]
             return found.get("url") or whole(base64.b64decode(found["b64_json"]))
 
-        found = patiently(made, what, self.key)
+        found = retry(made, what, self.key)
         if isinstance(found, bytes):
             return found
         if not re.match("https?://", found):
             raise UserError(f"{what}: the answer's url {found[:80]!r} is not on the web")
-        return patiently(lambda: whole(urllib.request.urlopen(found, timeout=120).read()), what, self.key)
+        return retry(lambda: whole(urllib.request.urlopen(found, timeout=120).read()), what, self.key)
 
 class ImageFolder(Pictures):
     """Pictures that anyone made. FOLDER/manifest.jsonl has a line {"text": ..., "file": ...} for each, or

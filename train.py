@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 from data import (CACHE, Parser, UserError, answer_bags, answer_vocabulary, bag_labels, collate, encode,
-                  find_task, known, length_grouped_batches, load_task)
+                  check_available, find_task, known, length_grouped_batches, load_task, seed_of)
 from teacher import ENCODERS, TEACHERS, build_teacher, open_vectors, split_spec
 
 # ---- configuration: every field is a flag ------------------------------------------------------------------
@@ -139,7 +139,7 @@ DEFAULTS = {
 def resolve(config):
     """A copy with every default filled in and every value checked; UserError before any load or fetch."""
     if config.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # which the hub's own library and data.patiently ask
+        os.environ["HF_HUB_OFFLINE"] = "1"  # which the hub's own library and data.retry ask
     task = find_task(config.task or "objects")
     out, n = f"runs/{task.name}", 2
     while Path(out).exists():  # a second run never touches the first
@@ -224,14 +224,9 @@ from transformers import AutoModelForCausalLM
 import eval as evaluation
 from align import Outputs, TSAligner
 from losses import aligner_loss, predictions, student_loss, task_loss
-from student import build_student, check_available, load_pretrained, load_student
+from student import build_student, load_pretrained, load_student, precision, rank, world
 
 # ---- small pieces of the loop ------------------------------------------------------------------------------
-def seed_of(*parts):
-    """A 64-bit seed from (seed, role, epoch, step, ...). Every step starts from its own: no generator state
-    has to be saved, a resumed run repeats the draws exactly, and the arms share them."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little")
-
 def seed_all(seed, device):
     """torch.manual_seed, which on a CPU writes a stack trace for each absent kind of device: 3 % of tiny's
     step."""
@@ -243,41 +238,9 @@ def lr_factor(step, steps):
     warm = min(100, steps // 10)
     return (step + 1) / warm if step < warm else (steps - step) / (steps - warm)
 
-def precision(config):
-    """(device, autocast context, {role: GradScaler}, the reason in words): the loop has no branch for it."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if config.device == "auto" else config.device)
-    if device == torch.device("cuda") and world() > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # a GPU for each process
-    if (device.index or 0) >= torch.get_device_module(device).device_count():
-        raise UserError(f"--device {config.device}: torch sees no such device here; try --device {auto}")
-    best, why = "off", f"float32 on {device.type}"
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32: 10-bit mantissas in products, several times faster
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-        best, why = ("bf16", "the GPU has it") if has else ("fp16", "the GPU has no bf16")
-    elif config.amp == "fp16":
-        raise UserError("--amp fp16 needs a CUDA device: try --amp bf16 or off")
-    amp, why = (best, why) if config.amp == "auto" else (config.amp, "as asked")
-    if config.fsdp and amp == "fp16":
-        raise UserError("--fsdp: fp16's loss scaling does not see other processes: --amp bf16 or off")
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    # fp16 alone needs loss scaling: below 6e-8 its gradients are zero, while bf16 has float32's range.
-    scalers = {role: torch.amp.GradScaler(device.type, enabled=role == "student" and amp == "fp16")
-               for role in ("aligner", "student")}  # the aligner is float32 whatever the student is
-    why = f"{device}, amp {amp} ({why})"
-    return device, partial(torch.autocast, device.type, dtype, amp != "off"), scalers, why
-
 # ---- several processes (torchrun) --------------------------------------------------------------------------
 # All of this does nothing in one process. Of several, each goes through the whole run and takes every N-th
 # row of each batch: as many tokens as the others, since a batch is sorted by length.
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-def world():
-    """N, the number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
 def join(config):
     """Meet the other processes that torchrun started, if it did; only rank 0 speaks."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -323,17 +286,6 @@ def everyones(outputs, counts):
     found[rank()] = own
     rows = torch.cat([each[:count] for each, count in zip(found, counts)])
     return rows.split([each.size(1) for each in outputs], 1)
-
-def share(items):
-    """Every N-th item, equally many in each process: the first ones stand in where they do not go round."""
-    return [items[i % len(items)] for i in range(rank(), -(-len(items) // world()) * world(), world())]
-
-def together(own, n):
-    """The n results, in order, of which each process computed its share()."""
-    found = [own] * world()
-    if world() > 1:
-        dist.all_gather_object(found, own)
-    return [result for group in zip(*found) for result in group][:n]
 
 def whole(value):
     """A tensor that may be split over processes in one piece, which rank 0, who writes, keeps on the CPU."""
@@ -548,22 +500,11 @@ class Cell:
             self.optimizers[role].state[weight][key] = value
 
     def evaluate(self, split="dev"):
-        """(metrics, predictions, p_s of the first texts) of a split; metrics are None for unknown labels."""
-        rows, examples = self.data.rows[split], self.data.splits[split]
-        size = -(-self.config.micro_batch // world())
-        n, rows, keep, p_s = len(rows), share(rows), min(len(rows), 1000), []
-        if self.student.generates:
-            torch.manual_seed(seed_of(self.seed, "sample", split))
-            answers = self.student.generate(rows, size, self.autocast, self.config.sampling_temperature)
-        else:  # twice as many: no activations are kept for a backward pass
-            answers, p_s = self.student.answers(rows, 2 * size, self.autocast, -(-keep // world()))
-        answers = together(answers, n)
-        scores = evaluation.score(self.data.task, examples, answers)
-        if self.student.generates and split == "dev":  # a test file's may be wrong: some are another model's
-            losses, p_s = self.student.answers(rows, size, self.autocast, -(-keep // world()))
-            losses = together(losses, n)
-            scores["loss"] = sum(losses) / n
-        return scores, answers, together(p_s, keep)
+        """(metrics, answers, p_s of the first 1,000 texts) of the student as it is, on one split."""
+        return evaluation.score_student(
+            self.student, self.data.task, self.data.splits[split], self.data.rows[split], split=split,
+            seed=self.seed, batch_size=self.config.micro_batch, autocast=self.autocast,
+            temperature=self.config.sampling_temperature, keep=1000)
 
     @torch.inference_mode()
     def evaluate_aligner(self, p_s):

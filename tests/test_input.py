@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -184,7 +185,7 @@ def test_what_others_keep_in_the_output_folder_is_never_cleared_away(folder, mon
 
 def test_near_names_are_suggested_for_a_student_that_neither_folder_nor_hub_has(monkeypatch):
     student.check_available.cache_clear()
-    monkeypatch.setattr(student.hub, "get_hf_file_metadata", lambda url, timeout: open("/nowhere"))  # raises
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: open("/nowhere"))  # raises
     with pytest.raises(UserError, match="did you mean opt-1.3b?"):
         student.check_available("opt-1.3")
 

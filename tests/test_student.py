@@ -1,4 +1,5 @@
 """Students: pooling, heads, saving, asking. Every fact is checked for each family. Read beside student.py."""
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -222,7 +223,7 @@ def test_what_the_hub_refuses_is_one_line_after_one_question(monkeypatch, status
     if status is None:
         server.shutdown()
         server.server_close()
-    monkeypatch.setattr(student_module.hub, "hf_hub_url",
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url",
                         lambda repo, file: f"http://127.0.0.1:{port}/{repo}/resolve/main/{file}")
     with pytest.raises(UserError, match=says) as error:
         build_student("opt-1.3", 2, 8)
