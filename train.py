@@ -1,17 +1,21 @@
-"""Train students: the configuration, the loop, checkpoints, the command line.
+"""Train students: the arms, the two losses of a batch, one optimizer step, the loop.
 
-    python train.py                                  # the built-in demonstration, nothing to download
-    python train.py --task rte --student opt-1.3b    # a GLUE/SuperGLUE task, a pretrained student (on CUDA)
-    python train.py --task reason/arc_e --student llama-7b --data-dir DATA    # answers to generate, with LoRA
-    torchrun --nproc-per-node 8 train.py --task rte --student opt-1.3b        # the same batches on 8 GPUs
+    python train.py                                  # the built-in demonstration, no downloads
+    python train.py --task rte --student opt-1.3b    # a pretrained student on a GLUE task (on CUDA)
+    python train.py --task reason/arc_e --student llama-7b --data-dir DATA    # generated answers
+    torchrun --nproc-per-node 8 train.py --task rte --student opt-1.3b        # on 8 GPUs
 
-Each epoch trains the TS Aligner once over the data, then the student, pulled towards the aligner. A run is a
-grid of cells OUT/ARM/SEED/; a seed's arms share initial weights, data order and dropout, so that differences
-are paired. The method is ARMS, update() and run(); the rest can wait.
+Shapes: B batch, L tokens, C labels, d_e teacher vector, d shared projection space.
+Each epoch trains the TS Aligner once over the data, then the student, which is pulled towards the
+aligner. A run is a grid of cells OUT/ARM/SEED/. The arms of one seed share initial weights, data
+order and dropout, so that their differences are paired. The method ends at the fence.
 """
+# Torch and what needs it are imported below the fence, after the command line has been read: that
+# takes seconds, and --help or a mistyped flag should not wait for them. It works because a
+# function's body looks its names up when the function is called, and by then the whole file has
+# been read.
 import argparse
 import gc
-import hashlib
 import json
 import math
 import os
@@ -23,192 +27,476 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
-from data import (CACHE, Parser, UserError, answer_bags, answer_vocabulary, bag_labels, collate, encode,
-                  check_available, find_task, known, length_grouped_batches, load_task, seed_of)
+from data import (CACHE, Parser, UserError, answer_bags, answer_vocabulary, bag_labels,
+                  check_available, collate, encode, exit_with_message, find_task, known,
+                  length_grouped_batches, load_task, seed_of)
 from teacher import ENCODERS, TEACHERS, build_teacher, open_vectors, split_spec
 
-# ---- configuration: every field is a flag ------------------------------------------------------------------
-def option(default, help, choices=(), low=-math.inf, high=math.inf, above=-math.inf):
-    """A Config field: default, --help sentence, choices, limits: low, high inclusive, above exclusive."""
-    help += f" One of {', '.join(choices)}." if choices else ""
-    return field(default=default, metadata={"help": help, "choices": choices, "limits": (low, high, above)})
-
 # An arm is one line of overrides. A claim is "armada beats every control, the best one included".
-# DEVIATION: the authors compare with one baseline, without the auxiliary head; here are four controls.
+# DEVIATION: the authors compare with one baseline, without the auxiliary head; here are four
+# controls.
 ARMS = {
-    # Controls: no teacher, or the wrong one (finish() tells them by their weights and pairing).
+    # Controls: no teacher, or the wrong one (is_control() tells them by their weights and pairing).
     "undistilled": {"alpha": 0.0, "beta": 0.0, "gamma": 0.0},  # the student alone
-    "undistilled-aux": {"alpha": 0.0, "beta": 0.0},            # with its auxiliary head, as in the method
-    "shuffled": {"pairing": "shuffled"},                       # the method with other texts' pictures
-    "noise": {"pairing": "noise"},                             # with noise of the pictures' mean and variance
-    "armada": {},                                              # the method
+    "undistilled-aux": {"alpha": 0.0, "beta": 0.0},  # with its auxiliary head, as in the method
+    "shuffled": {"pairing": "shuffled"},             # the method with other texts' pictures
+    "noise": {"pairing": "noise"},                   # with noise of the pictures' mean and variance
+    "armada": {},                                    # the method
     # Ablations: the teacher's own vectors, and one part of the method less or otherwise.
-    "random-aligner": {"aligner_lr": 0.0},                     # never trained
-    "no-output": {"output_factor": 0.0},                       # no soft labels; the rest of L_S as it was
-    "alpha-0": {"alpha": 0.0},                                 # the paper's: no soft labels, full true labels
+    "random-aligner": {"aligner_lr": 0.0},           # never trained
+    "no-output": {"output_factor": 0.0},             # no soft labels; the rest of L_S as it was
+    "alpha-0": {"alpha": 0.0},                       # the paper's: no soft labels, full true labels
     "no-manifold": {"beta": 0.0},
     "no-aux": {"gamma": 0.0},
-    **{kind: {"loss": kind} for kind in ("euclidean", "cosine")},
-    **{f"dose-{rho}": {"teacher": f"painter:{rho}"} for rho in ("0", "0.25", "0.5", "0.75")},  # armada: 1
+    "euclidean": {"loss": "euclidean"},
+    "cosine": {"loss": "cosine"},
+    # Less of the teacher: painter:RHO draws RHO picture + sqrt(1 - RHO^2) noise. armada is dose 1.
+    "dose-0": {"teacher": "painter:0"},
+    "dose-0.25": {"teacher": "painter:0.25"},
+    "dose-0.5": {"teacher": "painter:0.5"},
+    "dose-0.75": {"teacher": "painter:0.75"},
 }
+
+
+def aligner_batch_loss(cell, rows):
+    """Return (L_A, {}) of a batch: the TS Aligner learns the task from the teacher's vectors alone.
+
+    rows: the numbers of B training examples. The second result holds parts to log: here are none.
+    """
+    e = cell.lookup(rows).to(cell.device)             # (B, d_e), the teacher's vectors
+    y = cell.data.labels[rows].to(cell.device)        # (B,), or (B, |V_a|) bags of answer tokens
+    aligner_out = cell.aligner(e)                     # o_t, a_t (B, C), p_t (B, d)
+    return aligner_loss(aligner_out, y, cell.config.gamma), {}
+
+
+def student_batch_loss(cell, rows):
+    """Return (L_S, its parts) of a batch: the student learns from labels and the frozen aligner.
+
+    rows: the numbers of B training examples. Of several processes each reads the texts of some
+    rows, and all compute the loss of the whole batch (gather_outputs says why).
+    """
+    config = cell.config
+    own_rows, rows, counts = shard_rows(rows)         # in one process: rows, rows, [B]
+    x = cell.token_batch(own_rows)                    # input_ids, attention_mask ... (B, L)
+    y = cell.data.labels[rows].to(cell.device)        # (B,), or (B, |V_a|) bags of answer tokens
+    aligner_out = None                                # an arm without a teacher has no aligner
+    if cell.aligner:
+        # It does not learn here: eval mode, no graph. It costs milliseconds: float32.
+        with torch.no_grad():
+            e = cell.lookup(rows).to(cell.device)     # (B, d_e)
+            aligner_out = cell.aligner.eval()(e)      # o_t, a_t (B, C), p_t (B, d)
+    with cell.autocast():
+        student_out = cell.parallel_student(**x)      # o_s, a_s (B, C), p_s (B, d)
+    student_out = gather_outputs(student_out, counts)
+    return student_loss(
+        student_out, aligner_out, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma,
+        kind=config.loss, temperature=config.temperature, output_factor=config.output_factor,
+        answer_loss=mean_answer_loss(student_out))    # None unless the student generates
+
+
+BATCH_LOSSES = {"aligner": aligner_batch_loss, "student": student_batch_loss}
+
+
+def update(cell, epoch, role, step, rows):
+    """Take one optimizer step of a role on a batch; return {name: 0-dim tensor} for the log.
+
+    The batch passes in micro-batches, which hold less in memory at once. Each is weighted by its
+    share of the batch, so that the sum of their gradients is the batch's, whatever the last one's
+    size. (The losses of batch means are another matter: they see the micro-batch's mean.)
+    """
+    config = cell.config
+    model = cell.models[role].train()
+    optimizer = cell.optimizers[role]
+    scaler = cell.scalers[role]                       # does something for float16 only
+    logged = {}
+    for start in range(0, len(rows), config.micro_batch):
+        micro_rows = rows[start:start + config.micro_batch]
+        share = len(micro_rows) / len(rows)
+        seed_step(cell, epoch, role, step, start)
+        sync_after(cell, start + config.micro_batch >= len(rows))
+        loss, parts = BATCH_LOSSES[role](cell, micro_rows)
+        scaler.scale(loss * share).backward()
+        for name, value in {**parts, "loss": loss}.items():
+            logged[name] = logged.get(name, 0) + share * value.detach()
+    scaler.unscale_(optimizer)                        # the norm below is that of the true gradient
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)                            # skipped where a float16 gradient overflowed
+    scaler.update()
+    optimizer.zero_grad()
+    return {**logged, "grad_norm": in_one_piece(norm)}
+
+
+def lr_factor(step, steps):
+    """Return the share of the peak learning rate at a step, which counts from 0 over all epochs.
+
+    It rises linearly over min(100, 10 %) of the steps, then falls linearly to 0.
+    """
+    # DEVIATION: the authors build scheduler, warm-up and weight decay and never apply them; we do,
+    # and cap their 100 steps of warm-up at a tenth of all, since CB has fewer than 100.
+    warm = min(100, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return (steps - step) / (steps - warm)
+
+
+def run(cell):
+    """Train one cell to its end: the aligner's epoch, the student's epoch, and again."""
+    config = cell.config
+    steps = cell.steps_per_epoch                      # of each role
+    peak_rates = {"aligner": config.aligner_lr, "student": config.lr}
+    log_untrained(cell)
+    with interruptible() as interrupt, progress_bar(cell) as bar:
+        pending_logs = PendingLogs(cell)
+        for count, (epoch, role, step, rows) in enumerate(bar, 1):
+            if count <= cell.done:
+                continue  # A resumed run walks past what is done: each step seeds itself anyway.
+
+            # Rate.
+            lr = peak_rates[role] * lr_factor(epoch * steps + step, config.epochs * steps)
+            cell.optimizers[role].param_groups[0]["lr"] = lr
+
+            # Step.
+            values = update(cell, epoch, role, step, rows)
+            pending_logs.add(values, rows)
+            cell.mark_done(count)
+
+            # Log. Reading a value after every step would make the CPU wait for the GPU each time.
+            ends_epoch = step + 1 == steps
+            if not (ends_epoch or interrupt.pressed or (step + 1) % 50 == 0):
+                continue
+            means = pending_logs.write(epoch, role, step, lr)
+            bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
+
+            # Evaluate. The last epoch counts; the best one is chosen on dev and so too good.
+            is_due = ends_epoch and role == "student" and is_evaluated(config, epoch + 1)
+            if is_due:
+                scores, cell.answers, p_s = cell.evaluate("dev")
+                cell.log({"epoch": epoch + 1, "dev": scores, **cell.evaluate_aligner(p_s)})
+                cell.keep_if_best(epoch + 1, scores)
+                print_scores(cell, epoch + 1, means, scores)
+
+            # Save.
+            if is_due or interrupt.pressed:
+                cell.save("last")
+            if interrupt.pressed:
+                raise KeyboardInterrupt
+            pending_logs = PendingLogs(cell)
+    finish(cell)
+
+
+# ---- the method ends here; below is bookkeeping ----
+
+
+# ---- configuration: every field is a flag ----
+def option(default, help, choices=(), low=-math.inf, high=math.inf, above=-math.inf):
+    """Return a Config field with its --help sentence, choices and limits.
+
+    low and high are values that are allowed, above is one that is not.
+    """
+    if choices:
+        help += f" One of {', '.join(choices)}."
+    return field(default=default, metadata={
+        "help": help, "choices": choices, "low": low, "high": high, "above": above})
+
 
 @dataclass
 class Config:
-    """One run; argparse is built from these fields. None means "it depends" and is filled in by resolve()."""
-    task: str = option(None, "Task to learn: objects (built in), rte ..., reason/arc_e ..., instruct/dolly.")
-    student: str = option(None, "Short name such as opt-1.3b, hub id, local folder, or tiny.")
-    teacher: str = option(None, f"NAME[:ARGUMENT], with a NAME of {', '.join(TEACHERS)}.")
-    picture_encoder: str = option(None, "What looks at its pictures: pixels, clip[:MODEL] or vae[:MODEL].")
-    max_pictures: int = option(None, "Let a teacher make at most so many vectors, then stop.", low=0)
-    arms: tuple = option(None, f"Arms, with commas, of {', '.join(ARMS)}.")
-    seeds: tuple = option(None, "Seeds to repeat them with, with commas.")
-    data_dir: str = option(None, "Folder with RTE/, reasoning/ ...; without it (Super)GLUE is fetched.")
-    cache_dir: str = option(CACHE, "Folder for downloads and teacher vectors.")
-    offline: bool = option(False, "Use no network: only what is here or in the caches.")
-    out: str = option(None, "Folder to write; runs/TASK by default, or runs/TASK-2 ... when that is taken.")
-    resume: str = option(None, "Run, or one ARM/SEED of it, to go on with; it remembers its other flags.")
+    """The flags of one run, of which argparse is built.
+
+    None means "it depends" and is filled in by resolve().
+    """
+    task: str = option(
+        None, "Task to learn: objects (built in), rte ..., reason/arc_e ..., instruct/dolly ...")
+    student: str = option(
+        None, "Student to train: a short name such as opt-1.3b, a hub id, a local folder, or tiny.")
+    teacher: str = option(
+        None, f"Teacher to ask, as NAME or NAME:ARGUMENT, with a NAME of {', '.join(TEACHERS)}.")
+    picture_encoder: str = option(
+        None, "What turns pictures into vectors: pixels, clip[:MODEL] or vae[:MODEL].")
+    max_pictures: int = option(
+        None, "Let the teacher make at most so many vectors, then stop.", low=0)
+    arms: tuple = option(
+        None, f"Arms to train, separated by commas, of {', '.join(ARMS)}.")
+    seeds: tuple = option(
+        None, "Seeds to train every arm with, separated by commas.")
+    data_dir: str = option(
+        None, "Folder that holds RTE/, reasoning/ ...; without it (Super)GLUE is downloaded.")
+    cache_dir: str = option(
+        CACHE, "Folder for downloads and teacher vectors.")
+    offline: bool = option(
+        False, "Use no network, only what is here or in the caches.")
+    out: str = option(
+        None, "Folder to write; by default runs/TASK, or runs/TASK-2 ... when that is taken.")
+    resume: str = option(
+        None, "Run, or one ARM/SEED of it, to go on with; it remembers its other flags.")
     # DEVIATION: the paper reports three kinds; our default compares each text with its own picture.
-    loss: str = option("manifold", "Loss between the spaces.", ("euclidean", "cosine", "manifold"))
-    alpha: float = option(0.5, "Weight of the soft labels against the true ones.", low=0, high=1)
-    beta: float = option(None, "Weight of the manifold loss.", low=0)
-    gamma: float = option(1.0, "Weight of the auxiliary heads in the task and output losses.", low=0)
-    temperature: float = option(5.0, "Temperature T of the soft labels.", above=0)
-    output_factor: float = option(1.0, "Factor of alpha's soft-label term alone; 0 drops it.", low=0)
-    pairing: str = option("own", "Whose vector a training text gets.", ("own", "shuffled", "noise"))
-    proj_dim: int = option(None, "Width of the shared projection space; the teacher's own by default.", low=1)
-    orthogonal_student: bool = option(False, "Make the student's projection orthogonal too.")
-    epochs: int = option(None, "Passes over the training data.", low=1)
-    batch_size: int = option(32, "Examples per optimizer step.", low=1)
-    micro_batch: int = option(None, "Of them in memory at once, in all processes; a divisor; or all.", low=1)
-    max_length: int = option(None, "Tokens per text; a longer one has its longest field shortened.", low=4)
-    max_new_tokens: int = option(None, "Of these, a generated answer has the last N.", low=1)
-    sampling_temperature: float = option(0.0, "Temperature to sample answers with; 0: the likeliest.", low=0)
-    lora: int = option(None, "Rank of LoRA adapters on a frozen language model; 0: train all weights.", low=0)
-    lr: float = option(None, "The student's peak learning rate.", above=0)
-    aligner_lr: float = option(1e-3, "The aligner's peak learning rate; 0 leaves it untrained.", low=0)
-    device: str = option("auto", "Where to train: auto, cpu, cuda, cuda:N or mps.")
-    amp: str = option("auto", "Mixed precision; auto: bf16 or fp16 on CUDA.", ("auto", "off", "bf16", "fp16"))
-    grad_checkpoint: str = option("auto", "Recompute activations; auto: if large.", ("auto", "on", "off"))
-    fsdp: bool = option(False, "Under torchrun: split the student over the processes, not only its batches.")
-    limit: int = option(None, "Keep only the first N training examples.", low=2)
-    eval_limit: int = option(None, "Score only the first N dev and test examples.", low=1)
-    eval_every: int = option(None, "Epochs between evaluations, each with a checkpoint.", low=1)
-    plan: bool = option(False, "Tell memory, steps and teacher vectors in advance; load and write nothing.")
-    memory: float = option(None, "With --plan: GiB of the card that it should fit.", above=0)
+    # Its choices are losses.KINDS, whose import would take seconds; a test compares the two.
+    loss: str = option(
+        "manifold", "Loss between the two projections.", ("euclidean", "cosine", "manifold"))
+    alpha: float = option(
+        0.5, "Weight of the soft labels against the true ones.", low=0, high=1)
+    beta: float = option(
+        None, "Weight of the manifold loss.", low=0)
+    gamma: float = option(
+        1.0, "Weight of the auxiliary heads in the task and output losses.", low=0)
+    temperature: float = option(
+        5.0, "Temperature T that flattens the soft labels.", above=0)
+    output_factor: float = option(
+        1.0, "Factor of the soft-label term alone; 0 drops the term.", low=0)
+    pairing: str = option(
+        "own", "Whose vector a training text gets.", ("own", "shuffled", "noise"))
+    proj_dim: int = option(
+        None, "Width of the shared projection space; by default the teacher's own.", low=1)
+    orthogonal_student: bool = option(
+        False, "Make the student's projection orthogonal too.")
+    epochs: int = option(
+        None, "Passes over the training data.", low=1)
+    batch_size: int = option(
+        32, "Examples per optimizer step, over all processes.", low=1)
+    micro_batch: int = option(
+        None, "Examples per forward pass (a divisor of --batch-size), over all processes; "
+        "default: all of them.", low=1)
+    max_length: int = option(
+        None, "Tokens per text; a longer text has its longest field shortened.", low=4)
+    max_new_tokens: int = option(
+        None, "Tokens of a generated answer at most, out of --max-length.", low=1)
+    sampling_temperature: float = option(
+        0.0, "Temperature to sample answers with; 0 takes the likeliest token each time.", low=0)
+    lora: int = option(
+        None, "Rank of the LoRA adapters on a frozen language model; 0 trains all weights.", low=0)
+    lr: float = option(
+        None, "Peak learning rate of the student.", above=0)
+    aligner_lr: float = option(
+        1e-3, "Peak learning rate of the aligner; 0 leaves it untrained.", low=0)
+    device: str = option(
+        "auto", "Device to train on: auto, cpu, cuda, cuda:N or mps.")
+    amp: str = option(
+        "auto", "Mixed precision; auto is bf16 or fp16 on CUDA, off elsewhere.",
+        ("auto", "off", "bf16", "fp16"))
+    grad_checkpoint: str = option(
+        "auto", "Recompute activations to save memory; auto does so for large students on CUDA.",
+        ("auto", "on", "off"))
+    fsdp: bool = option(
+        False, "Split the student itself over torchrun's processes, not only the batches.")
+    limit: int = option(
+        None, "Keep only the first N training examples.", low=2)
+    eval_limit: int = option(
+        None, "Score only the first N dev and test examples.", low=1)
+    eval_every: int = option(
+        None, "Epochs from one evaluation, with a checkpoint, to the next.", low=1)
+    plan: bool = option(
+        False, "Tell memory, steps and teacher vectors in advance; load and write nothing.")
+    memory: float = option(
+        None, "Memory of the card in GiB that --plan should make the run fit.", above=0)
 
     def __post_init__(self):
-        """UserError names the first field whose value is out of its limits and says what they are."""
-        for each in [each for each in fields(self) if getattr(self, each.name) is not None]:
-            value, flag = getattr(self, each.name), "--" + each.name.replace("_", "-")
-            if each.type is tuple:  # "0,1" and (0, 1) are the same thing
-                items = str(value).split(",") if isinstance(value, (str, int)) else map(str, value)
-                items = tuple(item.strip() for item in items)
-                if each.name == "seeds" and not all(map(str.isdecimal, items)):
-                    raise UserError(f"--seeds {','.join(items)}: give whole numbers: 0,1,2 (seeds from 0)")
-                if len(set(items)) < max(1, len(items)):
-                    raise UserError(f"{flag} {','.join(items)}: name each once")
-                setattr(self, each.name, tuple(map(int, items)) if each.name == "seeds" else items)
-            elif each.metadata["choices"]:
-                known(value, each.metadata["choices"], flag)
-            elif each.type in (int, float):
-                low, high, above = each.metadata["limits"]
-                if not (math.isfinite(value) and low <= value <= high and value > above):
-                    most = f" and at most {high}" if high < math.inf else ""
-                    least = f"above {above}" if above > low else f"at least {low}"
-                    raise UserError(f"{flag} {value} must be a number {least}{most}")
-        self.task = None if self.task is None else find_task(self.task).name
+        """Check every field that is given; UserError says what the first bad one may be."""
+        for option_field in fields(self):
+            value = getattr(self, option_field.name)
+            if value is None:
+                continue
+            flag = flag_of(option_field.name)
+            if option_field.type is tuple:
+                setattr(self, option_field.name, parse_list(flag, value))
+            elif option_field.metadata["choices"]:
+                known(value, option_field.metadata["choices"], flag)
+            elif option_field.type in (int, float):
+                check_limits(flag, value, option_field.metadata)
+        if self.task is not None:
+            self.task = find_task(self.task).name
         split_spec(self.teacher or "painter")  # these two know the names, and build nothing yet
         split_spec(self.picture_encoder or "pixels", ENCODERS, "--picture-encoder")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UserError(f"--device {self.device}: choose auto, cpu, cuda, cuda:N or mps")
 
-# What None becomes, by --help's name for the case; a later line has precedence.
+
+def flag_of(name):
+    """Return the flag of a Config field: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_list(flag, value):
+    """Return the tuple that "0,1", 0 or (0, 1) stands for: integers of --seeds, else names."""
+    if isinstance(value, (str, int)):
+        value = str(value).split(",")
+    items = tuple(str(item).strip() for item in value)
+    typed = ",".join(items)
+    if flag == "--seeds" and not all(item.isdecimal() for item in items):
+        raise UserError(f"--seeds {typed}: give whole numbers: 0,1,2 (seeds from 0)")
+    if not items or len(set(items)) < len(items):
+        raise UserError(f"{flag} {typed}: name each once")
+    if flag == "--seeds":
+        return tuple(int(item) for item in items)
+    return items
+
+
+def check_limits(flag, value, limits):
+    """Raise UserError unless a number is finite and within its option's limits."""
+    low, high, above = limits["low"], limits["high"], limits["above"]
+    if math.isfinite(value) and low <= value <= high and value > above:
+        return
+    wanted = f"above {above}" if above > low else f"at least {low}"
+    if high < math.inf:
+        wanted += f" and at most {high}"
+    raise UserError(f"{flag} {value} must be a number {wanted}")
+
+
+# What None becomes. The key is --help's name for the case; a later line has precedence.
 DEFAULTS = {
-    "Default": {each.name: each.default for each in fields(Config) if each.default} | {
-        "student": "bert-base", "teacher": "clip", "arms": "armada", "seeds": "0", "beta": 1.0, "epochs": 10,
-        "lr": 2e-5, "eval_every": 1, "max_length": 128, "max_new_tokens": 256, "lora": 0},
+    "Default": {
+        **{option_field.name: option_field.default for option_field in fields(Config)
+           if option_field.default},
+        "student": "bert-base", "teacher": "clip", "arms": "armada", "seeds": "0", "beta": 1.0,
+        "epochs": 10, "lr": 2e-5, "eval_every": 1, "max_length": 128, "max_new_tokens": 256,
+        "lora": 0},
     "For objects": find_task("objects").defaults,
     "For llama-...": {"lora": 8, "epochs": 3},
     "For reason/... and instruct/...": find_task("instruct/dolly").defaults,
     "For commonsense": {"max_new_tokens": find_task("reason/boolq").defaults["max_new_tokens"]},
-    "Without --task": {"arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"}}
+    "Without --task": {"arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"},
+}
+
 
 def resolve(config):
-    """A copy with every default filled in and every value checked; UserError before any load or fetch."""
+    """Return a copy with every default filled in and every value checked.
+
+    Raises UserError, before anything is loaded or fetched.
+    """
     if config.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # which the hub's own library and data.retry ask
-    task = find_task(config.task or "objects")
-    out, n = f"runs/{task.name}", 2
-    while Path(out).exists():  # a second run never touches the first
-        out, n = f"runs/{task.name}-{n}", n + 1
-    given = {name: value for name, value in vars(config).items() if value is not None}
-    llama = DEFAULTS["For llama-..."] if str(config.student).startswith("llama-") else {}
-    # A generation task's learning rate is LoRA's, too high for all weights.
-    rate = {"lr": DEFAULTS["Default"]["lr"]} if task.kind == "generate" and config.lora == 0 else {}
-    demonstration = {} if config.task else DEFAULTS["Without --task"]
-    config = Config(**{**DEFAULTS["Default"], **task.defaults, **llama, **rate, **demonstration, "out": out,
-                       "micro_batch": config.batch_size, "task": task.name, **given})
-    if config.student == "tiny" and (config.lora or task.kind == "generate"):
-        raise UserError("--student tiny is random: for --lora and to generate give opt-125m, llama-7b ...")
-    if task.kind == "generate" and config.max_new_tokens >= config.max_length:
-        raise UserError(f"--max-new-tokens {config.max_new_tokens} leaves a prompt no room: --max-length "
-                        f"{config.max_length} is for both")
+    config = fill_defaults(config)
     for arm in config.arms:
         replace(config, **ARMS[known(arm, ARMS, "arm")])  # its overrides are checked like flags
+    check_generation(config)
+    check_processes(config)
+    if config.memory and not config.plan:
+        raise UserError("--memory goes with --plan")
+    if config.batch_size % config.micro_batch:
+        fits = max(m for m in range(1, config.micro_batch) if config.batch_size % m == 0)
+        raise UserError(f"--micro-batch {config.micro_batch} must divide "
+                        f"--batch-size {config.batch_size}: try {fits}")
+    return config
+
+
+def fill_defaults(config):
+    """Return a copy in which nothing that depends is None: typed values win over every default."""
+    task = find_task(config.task or "objects")
+    defaults = {**DEFAULTS["Default"], **task.defaults}
+    if str(config.student).startswith("llama-"):
+        defaults |= DEFAULTS["For llama-..."]
+    if task.kind == "generate" and config.lora == 0:
+        # A generation task's learning rate is LoRA's, too high for all weights.
+        defaults["lr"] = DEFAULTS["Default"]["lr"]
+    if config.task is None:
+        defaults |= DEFAULTS["Without --task"]
+    typed = {name: value for name, value in vars(config).items() if value is not None}
+    return Config(**{**defaults, "out": free_folder(f"runs/{task.name}"),
+                     "micro_batch": config.batch_size, "task": task.name, **typed})
+
+
+def free_folder(out):
+    """Return OUT, or OUT-2, OUT-3 ... when that is taken: a second run never touches the first."""
+    folder = out
+    n = 2
+    while Path(folder).exists():
+        folder = f"{out}-{n}"
+        n += 1
+    return folder
+
+
+def check_generation(config):
+    """Raise UserError where student, LoRA or lengths do not suit a task to generate."""
+    generates = find_task(config.task).kind == "generate"
+    if config.student == "tiny" and (config.lora or generates):
+        raise UserError("--student tiny is random: for --lora and to generate give opt-125m, "
+                        "llama-7b ...")
+    if generates and config.max_new_tokens >= config.max_length:
+        raise UserError(f"--max-new-tokens {config.max_new_tokens} leaves a prompt no room: "
+                        f"--max-length {config.max_length} is for both")
+
+
+def check_processes(config):
+    """Raise UserError where the flags do not suit how many processes torchrun started."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if config.plan and (config.fsdp or processes > 1):
         raise UserError("--plan tells the memory of one process: without --fsdp and torchrun")
-    if config.memory and not config.plan:
-        raise UserError("--memory goes with --plan")
     if config.fsdp and "WORLD_SIZE" not in os.environ:
-        raise UserError("--fsdp splits over processes: torchrun --nproc-per-node N train.py --fsdp ...")
+        raise UserError("--fsdp splits over processes: "
+                        "torchrun --nproc-per-node N train.py --fsdp ...")
     if config.micro_batch < processes:
-        raise UserError(f"--micro-batch {config.micro_batch} is too small for {processes} processes")
-    if config.batch_size % config.micro_batch:
-        fits = max(m for m in range(1, config.micro_batch) if config.batch_size % m == 0)
-        raise UserError(f"--micro-batch {config.micro_batch} must divide --batch-size {config.batch_size}: "
-                        f"try {fits}")
-    return config
+        raise UserError(f"--micro-batch {config.micro_batch} is too small for {processes} "
+                        "processes")
+
 
 def resume_config(folder, typed):
-    """The Config that a run (a grid or one cell) was started with; UserError where a typed flag differs."""
-    folder, now = Path(folder), {"fsdp": False, "plan": False, "memory": None}  # of this start alone
-    now |= {name: typed[name] for name in ("offline", "max_pictures", *now) if name in typed}
+    """Return the Config that a run (a grid or one cell) was started with; typed: {name: value} of
+    the line.
+
+    UserError where no run is, and where a typed flag differs from the saved one. What a start may
+    spend, or how it is run, may differ: these flags are taken as typed.
+    """
+    folder = Path(folder)
     try:
-        saved, wanted = Config(**json.loads((folder / "config.json").read_text())), Config(**typed)
+        saved = Config(**json.loads((folder / "config.json").read_text()))
+        wanted = Config(**typed)
     except (OSError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"--resume {folder}: no run there, or not one of this version ({error})") from None
-    differ = [f"--{name.replace('_', '-')} is {getattr(saved, name)}, not {getattr(wanted, name)}" for name in
-              typed if name not in ("resume", "out", *now) and getattr(saved, name) != getattr(wanted, name)]
+        raise UserError(f"--resume {folder}: no run there, or not one of this version "
+                        f"({error})") from None
+    this_start = {"fsdp": False, "plan": False, "memory": None}
+    for name in ("offline", "max_pictures", *this_start):
+        if name in typed:
+            this_start[name] = typed[name]
+    differ = []
+    for name in typed:
+        before, now = getattr(saved, name), getattr(wanted, name)
+        if name not in ("resume", "out", *this_start) and before != now:
+            differ.append(f"{flag_of(name)} is {before}, not {now}")
     if differ:
-        raise UserError(f"--resume {folder}: this run's {'; '.join(differ)}: leave it out, or start another")
-    is_cell = folder.resolve().parts[-2:] == (saved.arms[0], str(saved.seeds[0]))
-    out = folder.resolve().parent.parent if is_cell else folder
-    return replace(saved, **now, resume=str(folder), out=str(out))
+        raise UserError(f"--resume {folder}: this run's {'; '.join(differ)}: leave it out, or "
+                        "start another")
+    out = folder
+    if folder.resolve().parts[-2:] == (saved.arms[0], str(saved.seeds[0])):  # one cell of a grid
+        out = folder.resolve().parent.parent
+    return replace(saved, **this_start, resume=str(folder), out=str(out))
+
 
 def configure(argv=None):
-    """Command line -> a resolved Config, or one line on stderr and exit status 2."""
-    parser = Parser(prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                    description="ARMADA: distil a picture-making teacher into a text-only language model.")
-    for each in fields(Config):
-        told = [f"{case}: {values[each.name]}." for case, values in DEFAULTS.items() if each.name in values]
-        kind = {bool: {"action": "store_true"}, tuple: {"type": str}}.get(each.type, {"type": each.type})
-        parser.add_argument("--" + each.name.replace("_", "-"), **kind,
-                            help=" ".join([each.metadata["help"], *told]).replace("%", "%%"))
+    """Return the resolved Config of a command line, or end with one line and status 2."""
+    parser = Parser(
+        prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        description="ARMADA: distil a picture-making teacher into a text-only language model.")
+    for option_field in fields(Config):
+        sentences = [option_field.metadata["help"]]
+        for case, values in DEFAULTS.items():
+            if option_field.name in values:
+                sentences.append(f"{case}: {values[option_field.name]}.")
+        how = {"type": option_field.type}
+        if option_field.type is bool:
+            how = {"action": "store_true"}
+        elif option_field.type is tuple:
+            how = {"type": str}
+        help = " ".join(sentences).replace("%", "%%")
+        parser.add_argument(flag_of(option_field.name), **how, help=help)
+    # Without defaults: a resumed run is compared with what was typed alone.
+    typed = vars(parser.parse_args(argv))
     try:
-        typed = vars(parser.parse_args(argv))  # without defaults: a resumed run is compared with these alone
-        return resolve(resume_config(typed["resume"], typed) if "resume" in typed else Config(**typed))
+        if "resume" in typed:
+            return resolve(resume_config(typed["resume"], typed))
+        return resolve(Config(**typed))
     except UserError as error:
         fail(error)
 
+
 def fail(message):
-    Parser().exit(2, f"train.py: error: {message}\n")
+    """End with one line on stderr and exit status 2."""
+    exit_with_message(2, f"train.py: error: {message}")
+
 
 if __name__ == "__main__":
-    configure()  # --help and bad flags are answered here: importing torch takes seconds
+    COMMAND_LINE = configure()  # --help and bad flags are answered here, before torch is imported
 
 import numpy as np
 import torch
@@ -222,495 +510,811 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
-from align import Outputs, TSAligner
-from losses import aligner_loss, predictions, student_loss, task_loss
+from align import TSAligner
+from losses import PER_EXAMPLE, aligner_loss, predictions, student_loss, task_loss
 from student import build_student, load_pretrained, load_student, precision, rank, world
 
-# ---- small pieces of the loop ------------------------------------------------------------------------------
+
+# ---- small pieces of the loop ----
+def seed_step(cell, epoch, role, step, start):
+    """Seed the dropout of one micro-batch, which begins at row `start` of its batch."""
+    first = start
+    if role == "student":
+        first += rank()  # Each process draws its own dropout; all processes' aligners stay alike.
+    seed_all(seed_of(cell.seed, role, epoch, step, first), cell.device)
+
+
 def seed_all(seed, device):
-    """torch.manual_seed, which on a CPU writes a stack trace for each absent kind of device: 3 % of tiny's
-    step."""
-    (torch.default_generator if device.type == "cpu" else torch).manual_seed(seed)
+    """Seed torch's generators, as torch.manual_seed does.
 
-def lr_factor(step, steps):
-    """Linear warm-up over min(100, 10 %) of the steps, then linear decay to 0; step counts from 0."""
-    # DEVIATION: the authors never apply scheduler, warm-up (100 steps: CB has fewer in all) and weight decay.
-    warm = min(100, steps // 10)
-    return (step + 1) / warm if step < warm else (steps - step) / (steps - warm)
+    On a CPU that writes a stack trace for each absent kind of device, which is 3 % of tiny's step.
+    """
+    generator = torch.default_generator if device.type == "cpu" else torch
+    generator.manual_seed(seed)
 
-# ---- several processes (torchrun) --------------------------------------------------------------------------
-# All of this does nothing in one process. Of several, each goes through the whole run and takes every N-th
-# row of each batch: as many tokens as the others, since a batch is sorted by length.
-def join(config):
-    """Meet the other processes that torchrun started, if it did; only rank 0 speaks."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        if torch.cuda.is_available() and config.device in ("auto", "cuda"):
-            if (n := int(os.environ["LOCAL_WORLD_SIZE"])) > (gpus := torch.cuda.device_count()):
-                raise UserError(f"--nproc-per-node {n}: each process takes a GPU, here are {gpus}")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=timedelta(days=7))  # rank 0's teacher may draw for as long
-        if rank():
-            sys.stdout = open(os.devnull, "w")
 
-def from_first(make):
-    """On every rank what make() returns, or raises, on rank 0: one looks at files, while none writes any."""
-    found = [None]
-    if not rank():
-        try:
-            found = [make()]
-        except (UserError, OSError) as error:
-            found = [error]
+def mean_answer_loss(student_out):
+    """Return the answers' mean cross entropy, or None of a student that does not generate."""
+    answer_loss = getattr(student_out, "answer_loss", None)  # (B,), a field of AnswerOutputs alone
+    return None if answer_loss is None else answer_loss.mean()
+
+
+def progress_bar(cell):
+    """Return tqdm's bar over all steps of a cell; it draws nothing where stderr is no terminal."""
+    total = cell.steps_per_epoch * cell.config.epochs * len(cell.models)
+    return tqdm(cell.schedule(), total=total, leave=False, disable=None if is_first() else True,
+                desc=f"{cell.config.arms[0]} seed {cell.seed}")
+
+
+def log_untrained(cell):
+    """Log what a pretrained student that generates answers before its first step."""
+    if cell.student.generates and not cell.done:
+        scores, _, _ = cell.evaluate("dev")
+        cell.log({"epoch": 0, "dev": scores})
+
+
+def is_evaluated(config, epoch):
+    """Whether a student is scored, and a checkpoint written, after this epoch (counted from 1)."""
+    return epoch == config.epochs or epoch % config.eval_every == 0
+
+
+def print_scores(cell, epoch, means, scores):
+    """Print one evaluation: the parts of the loss before their weights, and the headline on dev."""
+    parts = " ".join(f"{name} {means[name]:.3f}" for name in ("task", "output", "manifold"))
+    metric, score = next(iter(scores.items()))
+    print(f"seed {cell.seed} {cell.config.arms[0]}, epoch {epoch}: {parts}; "
+          f"dev {metric} {score:.1%} ({cell.seconds:.1f} s)", flush=True)
+
+
+class PendingLogs:
+    """What the steps since the last line of log.jsonl have returned, still on the device.
+
+    To read a value there makes the CPU wait until the GPU has computed it: so many are read
+    together.
+    """
+    def __init__(self, cell):
+        self.cell = cell
+        self.steps = []  # {name: 0-dim tensor} of each
+        self.tokens = 0
+        self.began = time.perf_counter()
+
+    def add(self, values, rows):
+        """Remember a step: what update() returned, and the training rows that it saw."""
+        self.steps.append(values)
+        lengths = self.cell.data.lengths
+        self.tokens += sum(lengths[row] for row in rows)
+
+    def write(self, epoch, role, step, lr):
+        """Write a line of log.jsonl; return {name: mean over its steps}."""
+        steps_so_far = epoch * self.cell.steps_per_epoch + step + 1
+        facts = {"step": steps_so_far, "epoch": epoch + 1, "role": role, "lr": lr,
+                 "steps": len(self.steps), "tokens": self.tokens}
+        values = average_logs(self.steps, facts, self.cell.scalers[role])
+        speed = self.tokens / (time.perf_counter() - self.began)
+        self.cell.log(facts | values | {"tokens_per_second": round(speed)})
+        return values
+
+
+def average_logs(pending_logs, facts, scaler):
+    """Return {name: mean} of pending_logs = [{name: 0-dim tensor}], the steps that end with
+    facts["step"].
+
+    UserError names the first step whose value is not finite. The scaler of float16 finds its scale
+    by overflowing, so there an infinite gradient is a skipped step and no fault, unless no scale is
+    small enough.
+    """
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise UserError("fp16 gradients overflow at every loss scale: try --amp bf16 or off")
+    means = {}
+    first_step = facts["step"] - len(pending_logs) + 1
+    for name in pending_logs[0]:
+        column = torch.stack([values[name].float() for values in pending_logs]).tolist()
+        finite = [value for value in column if math.isfinite(value)]
+        may_overflow = name == "grad_norm" and scaler.is_enabled()
+        if len(finite) < len(column) and not may_overflow:
+            bad = next(i for i, value in enumerate(column) if not math.isfinite(value))
+            raise UserError(
+                f"the {facts['role']}'s {name} is not finite at step {first_step + bad} (epoch "
+                f"{facts['epoch']}); nothing saved since. Lower --lr, --beta, or try --amp off")
+        means[name] = sum(finite) / max(1, len(finite))
+    return means
+
+
+class Interrupt:
+    """Whether Ctrl-C was pressed: what interruptible() yields."""
+    pressed = False
+
+
+@contextmanager
+def interruptible():
+    """Yield an Interrupt that the first Ctrl-C marks, so that no step is cut in half; a second
+    stops at once.
+
+    In several processes, which are not at the same step, the first one stops at once too: go on
+    from the last checkpoint.
+    """
+    interrupt = Interrupt()
     if world() > 1:
-        dist.broadcast_object_list(found)
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+        yield interrupt
+        return
+    before = signal.getsignal(signal.SIGINT)
 
-def deal(rows):
-    """A batch -> (this process's rows, all rows process after process, how many each has)."""
-    hands = [rows[i::world()] for i in range(world())]
-    # With fewer rows than processes some have none: they go along with the first one, which is not counted.
-    return hands[rank()] or rows[:1], sum(hands, []), [len(hand) for hand in hands]
+    def press(*_):
+        interrupt.pressed = True
+        signal.signal(signal.SIGINT, before)
 
-def everyones(outputs, counts):
-    """Tensors (b, .) of this process -> (B, .) of all, process after process; counts [N]: how many of each.
-    Only the own rows have a graph, the others' is in their process. So each takes the loss of the WHOLE
-    batch, means over it included, and the processes' gradients add up to one process's, however it is cut."""
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---- several processes (torchrun) ----
+# All of this does nothing in one process. Of several, each goes through the whole run and takes
+# every N-th row of each batch: as many tokens as the others, since a batch is sorted by length.
+def is_first():
+    """Whether this process is the one that writes and speaks; in one process it is."""
+    return rank() == 0
+
+
+def init_processes(config):
+    """Meet the other processes, if torchrun started any. From then on only the first one prints."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    if torch.cuda.is_available() and config.device in ("auto", "cuda"):
+        wanted = int(os.environ["LOCAL_WORLD_SIZE"])
+        gpus = torch.cuda.device_count()
+        if wanted > gpus:
+            raise UserError(f"--nproc-per-node {wanted}: each process takes a GPU, here are {gpus}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=timedelta(days=7))  # the teacher may draw for as long
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")
+
+
+def from_rank0(make):
+    """Return or raise in every process what make() does in the first one.
+
+    One process looks at the files, at a time when none writes.
+    """
+    answer = [None]
+    if is_first():
+        try:
+            answer = [make()]
+        except (UserError, OSError) as error:
+            answer = [error]
+    if world() > 1:
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
+
+
+def shard_rows(rows):
+    """Deal out a batch: (own rows, all rows process after process, counts [N] of rows of each)."""
+    shards = [rows[i::world()] for i in range(world())]
+    # With fewer rows than processes some have none: they go along with the first one, which is not
+    # counted.
+    own = shards[rank()] or rows[:1]
+    return own, sum(shards, []), [len(shard) for shard in shards]
+
+
+def gather_outputs(outputs, counts):
+    """Outputs of this process's rows -> Outputs of all rows, process after process; counts [N] says
+    how many.
+
+    Only the own rows have a graph, the others' is in their process. So each process takes the loss
+    of the WHOLE batch, means over it included, and the processes' gradients add up to one
+    process's, however the batch is cut.
+    """
     if world() == 1:
         return outputs
-    own = torch.cat([each.float() for each in outputs], 1)
-    own.register_hook(lambda gradient: gradient * world())  # since DDP and FSDP take the processes' mean
-    padded = F.pad(own.detach(), (0, 0, 0, max(counts) - len(own)))  # one shape for all
-    found = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(found, padded)
-    found[rank()] = own
-    rows = torch.cat([each[:count] for each, count in zip(found, counts)])
-    return rows.split([each.size(1) for each in outputs], 1)
+    columns = [tensor.float().reshape(len(tensor), -1) for tensor in outputs]  # answer_loss is (b,)
+    own = torch.cat(columns, 1)                                                 # (b, all widths)
+    own.register_hook(lambda gradient: gradient * world())  # DDP and FSDP will divide by it
+    padded = F.pad(own.detach(), (0, 0, 0, max(counts) - len(own)))             # one shape for all
+    shards = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(shards, padded)
+    shards[rank()] = own
+    rows = torch.cat([shard[:count] for shard, count in zip(shards, counts)])   # (B, all widths)
+    gathered = rows.split([column.size(1) for column in columns], 1)
+    shapes = [(len(rows), *tensor.shape[1:]) for tensor in outputs]
+    return type(outputs)(*(tensor.reshape(shape) for tensor, shape in zip(gathered, shapes)))
 
-def whole(value):
-    """A tensor that may be split over processes in one piece, which rank 0, who writes, keeps on the CPU."""
-    if not isinstance(value, DTensor):
-        return value
-    value = value.full_tensor()
-    return None if rank() else value.cpu()
 
-# ---- files -------------------------------------------------------------------------------------------------
+def sync_after(cell, is_last):
+    """Let DistributedDataParallel add gradients up once, after the last micro-batch."""
+    cell.parallel_student.require_backward_grad_sync = is_last
+
+
+def in_one_piece(tensor):
+    """Return a tensor that FSDP may have split in one piece, in every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_to_rank0(tensor):
+    """Return a tensor that FSDP may have split in one piece, in the first process; else None."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    tensor = tensor.full_tensor()
+    return tensor.cpu() if is_first() else None
+
+
+# ---- files ----
 @contextmanager
-def replacing(path):
-    """Yields a path beside, to write a file or a folder at; when that is whole it takes PATH's place."""
+def atomic_write(path):
+    """Yield a path to write a file or folder at, which takes PATH's place once it is whole."""
     part = Path(f"{path}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     yield part
     part.rename(f"{path}.new")
-    settle(path)
+    finish_write(path)
 
-def settle(path):
-    """PATH.new, which is whole, becomes PATH. A kill at any instant leaves one of the two; again ends it."""
+
+def finish_write(path):
+    """Let PATH.new, which is whole, become PATH.
+
+    A kill at any instant leaves one of the two; the next call ends what was begun.
+    """
     if os.path.exists(f"{path}.new"):
         shutil.rmtree(path, ignore_errors=True)
         os.replace(f"{path}.new", path)
 
+
 def write_json(path, content):
-    with replacing(path) as new:
+    """Write a JSON file that is never seen half written."""
+    with atomic_write(path) as new:
         new.write_text(json.dumps(content, indent=1))
 
-@contextmanager
-def interruptible():
-    """Yields a list that Ctrl-C fills instead of raising: no step is cut in half; a second stops at once. So
-    does the first in several processes, which are not at the same step: go on from the last checkpoint."""
-    pressed, before = [], signal.getsignal(signal.SIGINT)
-    if world() > 1:
-        yield pressed
-        return
-    signal.signal(signal.SIGINT, lambda *_: pressed.append(signal.signal(signal.SIGINT, before)))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
-def means(waiting, facts, scaler):
-    """{name: mean} of waiting = [{name: value on the device}], the steps since the last line of log.jsonl.
-    UserError names the first bad step. fp16's scaler finds its scale by overflowing, so there an infinite
-    gradient is a skipped step and no fault, unless no scale is small enough."""
-    if scaler.is_enabled() and scaler.get_scale() < 1:
-        raise UserError("fp16 gradients overflow at every loss scale: try --amp bf16 or off")
-    found, first = {}, facts["step"] - len(waiting) + 1
-    for name in waiting[0]:
-        column = torch.stack([values[name].float() for values in waiting]).tolist()
-        bad = [step for step, value in enumerate(column, first) if not math.isfinite(value)]
-        if bad and not (name == "grad_norm" and scaler.is_enabled()):
-            raise UserError(f"the {facts['role']}'s {name} is not finite at step {bad[0]} (epoch "
-                            f"{facts['epoch']}); nothing saved since. Lower --lr, --beta, or try --amp off")
-        found[name] = sum(filter(math.isfinite, column)) / max(1, len(column) - len(bad))
-    return found
-
-# ---- a run: its data, and the cells of its grid ------------------------------------------------------------
-class Data:
-    """Examples, teacher vectors (of each teacher an arm looks at) and token ids, once for all cells."""
-    def __init__(self, config):
-        self.task, tokenizer = find_task(config.task), None
-        if self.task.kind == "generate":  # first of all, for the student may be unable to
-            _, tokenizer = load_pretrained(config.student, AutoModelForCausalLM, weights=False)
-        self.splits = load_task(config.task, config.data_dir, config.cache_dir)
-        self.rows, self.vectors = {}, {}  # token ids by split; readers of vectors by teacher and split
-        self.dim = config.proj_dim        # of the shared projection space; the width of --teacher by default,
-        arms = [replace(config, **ARMS[arm]) for arm in config.arms]
-        wanted = [arm.teacher for arm in arms if is_distilled(arm)]
-        for spec in dict.fromkeys([config.teacher, *wanted]):  # hence first, even if no arm looks at it
-            teacher = build_teacher(spec, config.picture_encoder)
-            self.dim = self.dim or teacher.dim
-            if self.dim > teacher.dim:
-                raise UserError(f"--proj-dim {self.dim} is over {spec}'s {teacher.dim}: give that or less")
-            if spec in wanted:
-                self.vectors[spec], _ = open_vectors(teacher, self.task, self.splits, config.cache_dir,
-                                                     config.limit, config.max_pictures, config.eval_limit)
-        self.splits["train"] = self.splits["train"][:config.limit]
-        for split in self.splits.keys() - {"train"}:
-            self.splits[split] = self.splits[split][:config.eval_limit]
-        self.num_labels, self.vocabulary = max(1, len(self.task.labels)), ()
-        if tokenizer:  # to generate: the label is a bag of the answer's tokens
-            train, dev = (answer_bags(self.task, self.splits[split], tokenizer) for split in ("train", "dev"))
-            self.vocabulary = answer_vocabulary(train)  # V_a; labels are (N, |V_a|) distributions over it
-            if len(self.vocabulary) < 2:
-                raise UserError(f"{config.task}: the training answers hold no two tokens to tell apart")
-            self.num_labels = len(self.vocabulary)
-            self.labels, self.dev_labels = (bag_labels(bags, self.vocabulary) for bags in (train, dev))
-        else:
-            self.labels = torch.tensor([each.label for each in self.splits["train"]])  # (N,) int64/float32
-
-    def encode(self, student, config):
-        """Token ids of every split, by the first cell's tokenizer (all cells have the same)."""
-        longest, most = config.max_length, student.max_tokens
-        if longest > most:
-            raise UserError(f"--max-length {longest}: {config.student} reads at most {most} tokens")
-        for split, examples in self.splits.items():
-            self.rows[split], short = encode(self.task, examples, student.tokenizer, longest, student.decoder,
-                                             config.max_new_tokens)
-            if short:
-                part = f" ({config.max_new_tokens} of them an answer's)" if student.generates else ""
-                print(f"{split}: {short} of {len(examples)} texts had over {longest} tokens{part}: cut",
-                      flush=True)
-
-    def lookup(self, config, seed):
-        """The function rows -> their teacher vectors (n, d_e): here the controls part from the method."""
-        read, source = self.vectors[config.teacher]["train"], np.arange(len(self.labels))
-        if config.pairing == "noise":  # fixed per example, as a picture is
-            some, draw = torch.from_numpy(read(source[::1 + len(source) // 6000])), torch.Generator()
-            mean, deviation = some.mean(0), some.std(0, correction=0)
-            return lambda rows: torch.stack([mean + deviation * torch.randn(
-                len(mean), generator=draw.manual_seed(seed_of(seed, "noise", row))) for row in rows])
-        if config.pairing == "shuffled":  # one fixed derangement a seed, a single cycle; dev stays as it is
-            order = np.random.default_rng(seed_of(seed, "shuffled")).permutation(source)
-            source[order] = np.roll(order, 1)
-        return lambda rows: torch.from_numpy(read(source[rows]))
-
+# ---- a run: its data, and the cells of its grid ----
 def is_distilled(config):
     """Whether a configuration looks at the teacher at all."""
     return bool(config.beta or config.alpha * config.output_factor)
 
+
+def is_control(config):
+    """Whether an arm has no teacher or the wrong one: what a claim is measured against."""
+    return not is_distilled(config) or config.pairing != "own"
+
+
+def wants_checkpointing(config, parameters, on_cuda):
+    """Whether activations are recomputed; parameters: how many the language model has."""
+    if config.grad_checkpoint == "auto":
+        return parameters > 300e6 and on_cuda
+    return config.grad_checkpoint == "on"
+
+
+class Data:
+    """Examples, labels, teacher vectors and token ids of a run, once for all its cells.
+
+    splits {split: [Example]}, encoded {split: [token ids ...]} (after the first encode()), labels
+    (N,) or (N, |V_a|), vectors {teacher: {split: rows -> float32 (n, d_e)}}, dim the shared
+    projection space's d.
+    """
+    def __init__(self, config):
+        self.task = find_task(config.task)
+        tokenizer = None
+        if self.task.kind == "generate":  # first of all, for the student may be unable to
+            _, tokenizer = load_pretrained(config.student, AutoModelForCausalLM, weights=False)
+        self.splits = load_task(config.task, config.data_dir, config.cache_dir)
+        self.encoded = {}
+        self.open_teachers(config)
+        for split in self.splits:
+            most = config.limit if split == "train" else config.eval_limit
+            self.splits[split] = self.splits[split][:most]
+        self.num_labels = max(1, len(self.task.labels))  # 1 for a regression
+        self.vocabulary = ()                             # V_a, of a task to generate
+        if tokenizer:
+            self.make_bags(tokenizer)
+        else:
+            self.labels = torch.tensor([example.label for example in self.splits["train"]])  # (N,)
+
+    def open_teachers(self, config):
+        """Make or find the vectors of every teacher that an arm looks at."""
+        arms = [replace(config, **ARMS[arm]) for arm in config.arms]
+        wanted = [arm.teacher for arm in arms if is_distilled(arm)]
+        self.vectors = {}
+        self.dim = config.proj_dim
+        # --teacher comes first, even if no arm looks at it: its width is the projection space's by
+        # default.
+        for spec in dict.fromkeys([config.teacher, *wanted]):
+            teacher = build_teacher(spec, config.picture_encoder)
+            self.dim = self.dim or teacher.dim
+            if self.dim > teacher.dim:
+                raise UserError(f"--proj-dim {self.dim} is over {spec}'s {teacher.dim}: give that "
+                                "or less")
+            if spec in wanted:
+                self.vectors[spec], _ = open_vectors(
+                    teacher, self.task, self.splits, config.cache_dir, config.limit,
+                    config.max_pictures, config.eval_limit)
+
+    def make_bags(self, tokenizer):
+        """Make the labels of a task to generate: bags of the answers' tokens, (N, |V_a|)."""
+        train_bags = answer_bags(self.task, self.splits["train"], tokenizer)
+        dev_bags = answer_bags(self.task, self.splits["dev"], tokenizer)
+        self.vocabulary = answer_vocabulary(train_bags)
+        if len(self.vocabulary) < 2:
+            raise UserError(f"{self.task.name}: the training answers hold no two tokens to tell "
+                            "apart")
+        self.num_labels = len(self.vocabulary)
+        self.labels = bag_labels(train_bags, self.vocabulary)
+        self.dev_labels = bag_labels(dev_bags, self.vocabulary)
+
+    def encode(self, student, config):
+        """Make the token ids of every split. All cells have the same tokenizer."""
+        longest = config.max_length
+        if longest > student.max_tokens:
+            raise UserError(f"--max-length {longest}: {config.student} reads at most "
+                            f"{student.max_tokens} tokens")
+        for split, examples in self.splits.items():
+            self.encoded[split], shortened = encode(
+                self.task, examples, student.tokenizer, longest, student.decoder,
+                config.max_new_tokens)
+            if shortened:
+                limit = f"{longest} tokens"
+                if student.generates:
+                    limit += f" ({config.max_new_tokens} of them an answer's)"
+                print(f"{split}: {shortened} of {len(examples)} texts had over {limit}: cut",
+                      flush=True)
+
+    @cached_property
+    def lengths(self):
+        """How many tokens each training text has."""
+        return [len(row["input_ids"]) for row in self.encoded["train"]]
+
+    def training_texts(self):
+        """Return all texts of the training split, of which tiny makes its vocabulary."""
+        texts = []
+        for example in self.splits["train"]:
+            texts += [text for text in self.task.pair(example) if text]
+        return texts
+
+    def lookup(self, config, seed):
+        """Return the function rows -> their teacher vectors (n, d_e).
+
+        Here the controls part from the method: --pairing says whose vector a row gets.
+        """
+        read = self.vectors[config.teacher]["train"]
+        source = np.arange(len(self.labels))  # whose vector each training row gets
+        if config.pairing == "noise":
+            return self.noise(read, seed)
+        if config.pairing == "shuffled":
+            # One fixed derangement a seed, a single cycle; dev stays as it is.
+            order = np.random.default_rng(seed_of(seed, "shuffled")).permutation(source)
+            source[order] = np.roll(order, 1)
+        return lambda rows: torch.from_numpy(read(source[rows]))
+
+    def noise(self, read, seed):
+        """Return the function rows -> Gaussian noise (n, d_e) with the vectors' mean and variance.
+
+        Both are those of each dimension. An example's noise is fixed, as its picture is.
+        """
+        stride = 1 + len(self.labels) // 6000  # of MNLI's 400,000 vectors a part will do
+        sample = torch.from_numpy(read(np.arange(0, len(self.labels), stride)))  # (n, d_e)
+        mean = sample.mean(0)                                                    # (d_e,)
+        deviation = sample.std(0, correction=0)                                  # (d_e,)
+        generator = torch.Generator()
+
+        def draw(row):
+            generator.manual_seed(seed_of(seed, "noise", row))
+            return mean + deviation * torch.randn(len(mean), generator=generator)
+
+        return lambda rows: torch.stack([draw(row) for row in rows])
+
+
 class Cell:
-    """The models and optimizers of one arm and seed, and where they stand: all that a checkpoint holds."""
+    """One arm with one seed: its models and optimizers, and where they stand in the run."""
     def __init__(self, config, data, folder):
-        self.config, self.data, self.folder, self.seed = config, data, folder, config.seeds[0]
-        self.done, self.best, self.seconds, self.lines = 0, None, 0.0, []  # lines: of log.jsonl
-        self.answers = None  # to the dev split, when last evaluated
+        self.config = config
+        self.data = data
+        self.folder = folder
+        self.seed = config.seeds[0]
         self.device, self.autocast, self.scalers, _ = precision(config)
-        last = folder / "last"
-        if not rank():
-            settle(folder / "best")
-            settle(last)
-        saved = from_first((last / "training.json").exists)
+        # Where it stands; load() sets these four from a checkpoint.
+        self.done = 0        # optimizer steps, of both roles
+        self.seconds = 0.0   # of training
+        self.best = None     # the best epoch's number and dev scores
+        self.lines = []      # of log.jsonl
+        self.answers = None  # to the dev split, when last evaluated
+        checkpoint = self.find_checkpoint()
+        self.build_student(checkpoint)
+        self.build_aligner()
+        self.place_models(is_new=checkpoint is None)
+        self.optimizers = {  # AdamW leaves out what has no gradient
+            role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
+            for role, model in self.models.items()}
+        if not data.encoded:
+            data.encode(self.student, config)
+        if checkpoint:
+            self.load(checkpoint)
+        self.began = time.perf_counter() - self.seconds
+        self.start_log()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def find_checkpoint(self):
+        """Return the folder last/ where it holds all to go on, else None."""
+        last = self.folder / "last"
+        if is_first():
+            finish_write(self.folder / "best")
+            finish_write(last)
+        return last if from_rank0((last / "training.json").exists) else None
+
+    def build_student(self, checkpoint):
+        """Make the student, whose first weights depend on the seed alone, or open a saved one."""
+        config, data = self.config, self.data
         torch.manual_seed(seed_of(self.seed, "student"))
-        texts = [text for example in data.splits["train"] for text in data.task.pair(example) if text]
-        self.student = load_student(last) if saved else build_student(
-            config.student, data.num_labels, data.dim, texts, orthogonal=config.orthogonal_student,
-            labels=data.task.labels, max_length=config.max_length, vocabulary=data.vocabulary,
-            max_new_tokens=config.max_new_tokens, lora=config.lora)
-        large = sum(p.numel() for p in self.student.lm.parameters()) > 300e6 and self.device.type == "cuda"
-        if config.grad_checkpoint == "on" or (config.grad_checkpoint == "auto" and large):
+        if checkpoint:
+            self.student = load_student(checkpoint)
+        else:
+            self.student = build_student(
+                config.student, data.num_labels, data.dim, data.training_texts(),
+                orthogonal=config.orthogonal_student, labels=data.task.labels,
+                max_length=config.max_length, vocabulary=data.vocabulary,
+                max_new_tokens=config.max_new_tokens, lora=config.lora)
+        parameters = sum(weight.numel() for weight in self.student.lm.parameters())
+        if wants_checkpointing(config, parameters, self.device.type == "cuda"):
             self.student.checkpoint_gradients()
         if torch.bfloat16 in self.autocast.args:
-            self.student.round_base()
+            self.student.round_frozen_weights()
+
+    def build_aligner(self):
+        """Make the aligner and the lookup of its vectors; an arm without a teacher has neither."""
+        config, data = self.config, self.data
         torch.manual_seed(seed_of(self.seed, "aligner"))
-        self.aligner = self.vectors = None
+        self.aligner = self.vectors = self.lookup = None
         if is_distilled(config):
-            self.vectors, self.lookup = data.vectors[config.teacher], data.lookup(config, self.seed)
-            self.aligner = TSAligner(self.vectors["dev"]([0]).shape[1], data.num_labels, proj_dim=data.dim)
-        self.parallel = self.student  # what a training step calls
-        if config.fsdp:
+            self.vectors = data.vectors[config.teacher]
+            self.lookup = data.lookup(config, self.seed)
+            latent_dim = self.vectors["dev"]([0]).shape[1]
+            self.aligner = TSAligner(latent_dim, data.num_labels, proj_dim=data.dim)
+
+    def place_models(self, is_new):
+        """Move the models to the device; spread the student over the processes, if several."""
+        self.parallel_student = self.student  # what a training step calls
+        if self.config.fsdp:
             self.student.shard(torch.distributed.init_device_mesh(self.device.type, (world(),)))
-        models = [("aligner", self.aligner), ("student", self.student)]  # in the order of an epoch
-        self.models = torch.nn.ModuleDict([pair for pair in models if pair[1]]).to(self.device)
-        if data.task.kind == "regress" and not saved:  # a relu starting below 0 stays there: one seed in ten
-            for name, value in self.models.named_parameters():
-                if name.endswith("classifier.bias"):
-                    torch.nn.init.constant_(value, data.labels.mean().item())
-        if world() > 1 and not config.fsdp:  # the aligner is so small that each process trains it all
-            self.parallel = DistributedDataParallel(self.student, forward_sync_buffers=False,
-                                                    gradient_as_bucket_view=True)
-        self.optimizers = {role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
-                           for role, model in self.models.items()}  # which leaves out what has no gradient
-        if not data.rows:
-            data.encode(self.student, config)
-        if saved:
-            self.load(last)
-        if not rank():  # lines after the checkpoint, or without one, are dropped: they will come again
-            (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        roles = {"student": self.student}
+        if self.aligner:
+            roles = {"aligner": self.aligner, "student": self.student}  # in the order of an epoch
+        self.models = torch.nn.ModuleDict(roles).to(self.device)
+        if is_new and self.data.task.kind == "regress":
+            self.start_biases_at(self.data.labels.mean().item())
+        if world() > 1 and not self.config.fsdp:
+            # The aligner is so small that each process trains all of it.
+            self.parallel_student = DistributedDataParallel(
+                self.student, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+    def start_biases_at(self, mean_label):
+        """Start the biases of a regression's four heads at the mean label.
+
+        A relu that starts below 0 has no gradient and stays there: it kills about one seed in ten.
+        """
+        for name, weight in self.models.named_parameters():
+            if name.endswith("classifier.bias"):
+                torch.nn.init.constant_(weight, mean_label)
+
+    def start_log(self):
+        """Write log.jsonl as the checkpoint knows it; later lines are dropped, they come again."""
+        if is_first():
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            (self.folder / "log.jsonl").write_text(text)
+
+    @property
+    def steps_per_epoch(self):
+        """How many batches each role sees in an epoch; the last one may be short."""
+        return math.ceil(len(self.data.labels) / self.config.batch_size)
 
     def schedule(self):
-        """Every step of the run in order: (epoch, role, step, rows of the batch)."""
-        lengths = [len(row["input_ids"]) for row in self.data.rows["train"]]
+        """Yield every step of the run in order: (epoch, role, step, rows of the batch)."""
         for epoch in range(self.config.epochs):
-            order = seed_of(self.seed, "order", epoch)
-            batches = length_grouped_batches(lengths, self.config.batch_size, order)
+            seed = seed_of(self.seed, "order", epoch)
+            batches = length_grouped_batches(self.data.lengths, self.config.batch_size, seed)
             for role in self.models:
                 for step, rows in enumerate(batches):
                     yield epoch, role, step, rows
 
-    def save(self, name="last"):
-        """best/, last/: the student as load_student and AutoModel open it; in last/ also all to go on."""
-        state = {key: whole(value) for key, value in self.student.state().items()}
-        going_on = self.optimizers if name == "last" else {}
-        moments = {f"{role} {i} {key}": whole(value) for role, optimizer in going_on.items()
-                   for i, each in optimizer.state_dict()["state"].items() for key, value in each.items()}
-        if rank():
+    def token_batch(self, rows):
+        """Return the student's input on its device: {"input_ids", "attention_mask" ...: (B, L)}."""
+        encoded = [self.data.encoded["train"][row] for row in rows]
+        batch = collate(encoded, self.student.tokenizer.pad_token_id)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def mark_done(self, count):
+        """Note that `count` steps of the schedule are done, and the seconds so far."""
+        self.done = count
+        self.seconds = time.perf_counter() - self.began
+
+    def evaluate(self, split):
+        """Return the student's (metrics, answers, p_s of the first 1,000 texts) on a split."""
+        return evaluation.score_student(
+            self.student, self.data.task, self.data.splits[split], self.data.encoded[split],
+            split=split, seed=self.seed, batch_size=self.config.micro_batch,
+            autocast=self.autocast, temperature=self.config.sampling_temperature, keep=1000)
+
+    @torch.inference_mode()
+    def evaluate_aligner(self, p_s):
+        """Return the aligner's own scores on dev's true vectors, and how well the student's p_s
+        meet its p_t.
+
+        p_s: a list of (d,), of the first texts.
+        """
+        if self.aligner is None:
+            return {"aligner": None, "spaces": None}
+        dev = self.data.splits["dev"]
+        outputs = []
+        for start in range(0, len(dev), 1000):
+            rows = range(start, min(start + 1000, len(dev)))
+            e = torch.from_numpy(self.vectors["dev"](rows)).to(self.device)  # (n, d_e)
+            outputs.append(self.aligner.eval()(e))
+        logits = torch.cat([out.logits for out in outputs])                  # (N, C)
+        if self.student.generates:
+            scores = {"loss": task_loss(logits, self.data.dev_labels.to(logits)).item()}
+        else:
+            scores = evaluation.score(self.data.task, dev, predictions(logits).tolist())
+        p_t = outputs[0].proj.cpu().numpy()  # (n, d), of the same first texts
+        p_s = torch.stack(p_s).numpy()       # (n, d)
+        spaces = {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s),
+                  "cka": evaluation.linear_cka(p_t, p_s)}
+        return {"aligner": scores, "spaces": spaces}
+
+    def keep_if_best(self, epoch, scores):
+        """Save the student to best/ if this epoch's headline on dev is the highest so far."""
+        # The first metric that the best epoch has too: a resumed run may have gained one (rouge_l's
+        # package).
+        headline = next(name for name in scores if self.best is None or name in self.best["dev"])
+        if self.best is None or scores[headline] > self.best["dev"][headline]:
+            self.best = {"epoch": epoch, "dev": scores}
+            self.save("best")
+
+    def log(self, line):
+        """Add a line to log.jsonl."""
+        self.lines.append(line)
+        if is_first():
+            with open(self.folder / "log.jsonl", "a") as file:
+                print(json.dumps(line), file=file)
+
+    def save(self, name):
+        """Write best/ or last/, a student as load_student and AutoModel open it.
+
+        last/ also holds all that a resumed run needs to go on.
+        """
+        state = {key: gather_to_rank0(value) for key, value in self.student.state().items()}
+        moments = {}
+        if name == "last":
+            moments = self.optimizer_moments()
+        if not is_first():
             return
-        with replacing(self.folder / name) as new:
+        with atomic_write(self.folder / name) as new:
             self.student.save(new, state)
-            if going_on:
+            if name == "last":
                 if self.aligner:
                     save_file(self.aligner.state_dict(), new / "aligner.safetensors")
                 save_file(moments, new / "optimizers.safetensors")
                 write_json(new / "training.json", {
-                    **{name: getattr(self, name) for name in ("done", "best", "seconds", "lines")},
-                    "scaler": self.scalers["student"].state_dict()})
+                    "done": self.done, "best": self.best, "seconds": self.seconds,
+                    "lines": self.lines, "scaler": self.scalers["student"].state_dict()})
+
+    def optimizer_moments(self):
+        """Return {"ROLE NUMBER NAME": tensor}: the state of AdamW for each numbered parameter."""
+        moments = {}
+        for role, optimizer in self.optimizers.items():
+            for number, state in optimizer.state_dict()["state"].items():
+                for name, value in state.items():
+                    moments[f"{role} {number} {name}"] = gather_to_rank0(value)
+        return moments
 
     def load(self, last):
-        state = json.loads((last / "training.json").read_text())
-        self.scalers["student"].load_state_dict(state.pop("scaler"))  # ignored unless fp16 enables it
-        vars(self).update(state)
+        """Stand where the checkpoint in folder `last` stands, whose student is open already."""
+        saved = json.loads((last / "training.json").read_text())
+        self.done = saved["done"]
+        self.best = saved["best"]
+        self.seconds = saved["seconds"]
+        self.lines = saved["lines"]
+        self.scalers["student"].load_state_dict(saved["scaler"])  # ignored unless fp16 enables it
         if self.aligner:
             self.aligner.load_state_dict(load_file(last / "aligner.safetensors"))
-        for name, value in load_file(last / "optimizers.safetensors").items():
-            role, i, key = name.split()
-            weight, value = self.optimizers[role].param_groups[0]["params"][int(i)], value.to(self.device)
-            if isinstance(weight, DTensor) and value.shape == weight.shape:  # all but the number of steps
+        for key, value in load_file(last / "optimizers.safetensors").items():
+            role, number, name = key.split()
+            weight = self.optimizers[role].param_groups[0]["params"][int(number)]
+            value = value.to(self.device)
+            if isinstance(weight, DTensor) and value.shape == weight.shape:
+                # A moment is split as its weight is; the number of steps is not.
                 value = distribute_tensor(value, weight.device_mesh, weight.placements)
-            self.optimizers[role].state[weight][key] = value
+            self.optimizers[role].state[weight][name] = value
 
-    def evaluate(self, split="dev"):
-        """(metrics, answers, p_s of the first 1,000 texts) of the student as it is, on one split."""
-        return evaluation.score_student(
-            self.student, self.data.task, self.data.splits[split], self.data.rows[split], split=split,
-            seed=self.seed, batch_size=self.config.micro_batch, autocast=self.autocast,
-            temperature=self.config.sampling_temperature, keep=1000)
-
-    @torch.inference_mode()
-    def evaluate_aligner(self, p_s):
-        """The aligner's own scores on the dev split's true vectors, and how well p_s meets its p_t."""
-        if self.aligner is None:
-            return {"aligner": None, "spaces": None}
-        dev, logits = self.data.splits["dev"], []
-        for i in reversed(range(0, len(dev), 1000)):  # the first rows last: their p_t stays, as their p_s did
-            e = torch.from_numpy(self.vectors["dev"](range(i, min(i + 1000, len(dev))))).to(self.device)
-            o_t, _, p_t = self.aligner.eval()(e)
-            logits.insert(0, o_t)
-        logits = torch.cat(logits)
-        p_t, p_s = p_t.cpu().numpy(), torch.stack(p_s).numpy()
-        spaces = {"retrieval@1": evaluation.retrieval_at_1(p_t, p_s), "cka": evaluation.linear_cka(p_t, p_s)}
-        scores = ({"loss": task_loss(logits, self.data.dev_labels.to(logits)).item()}
-                  if self.student.generates else
-                  evaluation.score(self.data.task, dev, predictions(logits).tolist()))
-        return {"aligner": scores, "spaces": spaces}
-
-    def log(self, line):
-        self.lines.append(line)
-        if not rank():
-            with open(self.folder / "log.jsonl", "a") as file:
-                print(json.dumps(line), file=file)
-
-def update(cell, epoch, role, step, rows):
-    """One optimizer step of the aligner or the student on a batch; {name: 0-dim tensor} for the log."""
-    config, data, device, aligner = cell.config, cell.data, cell.device, cell.aligner
-    model, optimizer, scaler = cell.models[role].train(), cell.optimizers[role], cell.scalers[role]
-    values = {}
-    for micro in range(0, len(rows), config.micro_batch):
-        own, part, counts = deal(rows[micro:micro + config.micro_batch])
-        first = micro + rank() * (role == "student")           # each process its dropout; aligners are alike
-        seed_all(seed_of(cell.seed, role, epoch, step, first), device)
-        y = data.labels[part].to(device)                       # (B,), or (B, |V_a|) bags of tokens
-        e = cell.lookup(part).to(device) if aligner else None  # (B, d_e)
-        if role == "aligner":
-            loss, parts = aligner_loss(model(e), y, config.gamma), {}
-        else:
-            x = collate([data.rows["train"][i] for i in own], model.tokenizer.pad_token_id)
-            with torch.no_grad():  # the aligner is frozen here: eval mode, no graph, float32
-                target = aligner.eval()(e) if aligner else None
-            # DDP adds the processes' gradients up once, after the last micro-batch.
-            cell.parallel.require_backward_grad_sync = micro + config.micro_batch >= len(rows)
-            with cell.autocast():
-                out = cell.parallel(**{key: value.to(device) for key, value in x.items()})
-            out, losses = (out[0], [out[1][:, None]]) if model.generates else (out, [])
-            o_s, a_s, p_s, *losses = everyones([*out, *losses], counts)
-            loss, parts = student_loss(
-                Outputs(o_s, a_s, p_s), target, y, alpha=config.alpha, beta=config.beta, gamma=config.gamma,
-                kind=config.loss, temperature=config.temperature, output_factor=config.output_factor,
-                answer_loss=losses[0].mean() if losses else None)
-        weight = len(part) / len(rows)  # of the batch: exact for a short last micro-batch too
-        scaler.scale(loss * weight).backward()
-        for name, value in {**parts, "loss": loss}.items():
-            values[name] = values.get(name, 0) + weight * value.detach()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return {**values, "grad_norm": norm}
-
-def run(cell):
-    """Train one cell from where it stands to the end: the aligner's epoch, the student's epoch, and again."""
-    config, data, began = cell.config, cell.data, time.perf_counter() - cell.seconds
-    rates = {"aligner": config.aligner_lr, "student": config.lr}
-    steps = math.ceil(len(data.labels) / config.batch_size)  # an epoch's, for each role
-    if cell.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(cell.device)
-    bar = tqdm(cell.schedule(), total=steps * config.epochs * len(cell.models), leave=False,
-               disable=bool(rank()) or None, desc=f"{config.arms[0]} seed {cell.seed}")
-    if cell.student.generates and not cell.done:  # what a pretrained student answers before it is trained
-        cell.log({"epoch": 0, "dev": cell.evaluate()[0]})
-    with interruptible() as pressed, bar:
-        waiting, tokens, read_at = [], 0, time.perf_counter()  # since the last line of the log
-        for count, (epoch, role, step, rows) in enumerate(bar, 1):
-            if count <= cell.done:
-                continue  # resumed: walk past what is done. Each step seeds itself: skipping changes nothing.
-            lr = rates[role] * lr_factor(epoch * steps + step, config.epochs * steps)
-            cell.optimizers[role].param_groups[0]["lr"] = lr
-            waiting.append(update(cell, epoch, role, step, rows))
-            tokens += sum(len(data.rows["train"][i]["input_ids"]) for i in rows)
-            cell.done, cell.seconds = count, time.perf_counter() - began
-            end = step + 1 == steps
-            if not (end or pressed or (step + 1) % 50 == 0):
-                continue  # reading a value each step would stall the CPU until the GPU is done
-            facts = {"step": epoch * steps + step + 1, "epoch": epoch + 1, "role": role, "lr": lr,
-                     "steps": len(waiting), "tokens": tokens}
-            values = means(waiting, facts, cell.scalers[role])
-            cell.log(facts | values | {"tokens_per_second": round(tokens / (time.perf_counter() - read_at))})
-            bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
-            due = end and role == "student" and (
-                epoch + 1 == config.epochs or (epoch + 1) % config.eval_every == 0)
-            if due:
-                scores, cell.answers, p_s = cell.evaluate()
-                cell.log({"epoch": epoch + 1, "dev": scores, **cell.evaluate_aligner(p_s)})
-                headline = next(name for name in scores if cell.best is None or name in cell.best["dev"])
-                if cell.best is None or scores[headline] > cell.best["dev"][headline]:
-                    cell.best = {"epoch": epoch + 1, "dev": scores}
-                    cell.save("best")
-            if due or pressed:
-                cell.save()
-            if pressed:
-                raise KeyboardInterrupt
-            waiting, tokens, read_at = [], 0, time.perf_counter()
-    finish(cell)
 
 def finish(cell):
-    """Finish the cell: score the last epoch's student on all splits, write predictions_* and metrics.json."""
-    config, data, gpu = cell.config, cell.data, cell.device.type == "cuda"
-    norms = [(line["grad_norm"], line["steps"]) for line in cell.lines if line.get("role") == "student"]
-    metrics = {
-        "task": data.task.name, "student": config.student, "teacher": config.teacher, "arm": config.arms[0],
-        "seed": cell.seed, "control": not is_distilled(config) or config.pairing != "own",
-        **({"untrained": cell.lines[0]["dev"]} if cell.student.generates else {}),
-        "best": cell.best, "aligner": cell.lines[-1]["aligner"], "spaces": cell.lines[-1]["spaces"],
-        "grad_norm": round(sum(norm * n for norm, n in norms) / sum(n for _, n in norms), 4),
-        "parameters": sum(p.numel() for p in cell.student.parameters()),
-        "trained": sum(p.numel() for p in cell.student.parameters() if p.requires_grad),
-        "seconds": round(cell.seconds, 1),
-        "peak_memory_mib": torch.cuda.max_memory_allocated(cell.device) >> 20 if gpu else 0}
-    found = {"dev": cell.answers} if cell.answers else {}  # as they were after the last step
-    metrics.update({"dev": cell.lines[-1]["dev"]} if found else {})
-    for split in [split for split in data.splits if split not in ("train", *found)]:
-        metrics[split], found[split], _ = cell.evaluate(split)
-    if rank():
+    """Score the last epoch's student on all splits; write predictions_* and metrics.json."""
+    answers = {}  # of each split
+    metrics = describe(cell)
+    if cell.answers:  # as they were after the last step
+        answers["dev"] = cell.answers
+        metrics["dev"] = cell.lines[-1]["dev"]
+    for split in cell.data.splits:
+        if split != "train" and split not in answers:
+            metrics[split], answers[split], _ = cell.evaluate(split)
+    if not is_first():
         return
-    for split, answers in found.items():
-        evaluation.write_predictions(cell.folder, split, data.task, data.splits[split], answers)
+    for split in answers:
+        evaluation.write_predictions(
+            cell.folder, split, cell.data.task, cell.data.splits[split], answers[split])
     write_json(cell.folder / "metrics.json", metrics)
     for name in ("optimizers.safetensors", "training.json"):
         (cell.folder / "last" / name).unlink()  # twice the student's size, and never needed again
-    metric, score = next(iter(metrics["dev"].items()))  # the headline
-    print(f"seed {cell.seed} {config.arms[0]}: dev {metric} {score:.1%} ({cell.seconds:.1f} s)", flush=True)
 
-# ---- the grid and the command line -------------------------------------------------------------------------
+
+def describe(cell):
+    """Return what metrics.json says of a finished cell beside the scores of its splits."""
+    config = cell.config
+    metrics = {"task": cell.data.task.name, "student": config.student, "teacher": config.teacher,
+               "arm": config.arms[0], "seed": cell.seed, "control": is_control(config)}
+    if cell.student.generates:
+        metrics["untrained"] = cell.lines[0]["dev"]
+    parameters = list(cell.student.parameters())
+    peak_memory = 0
+    if cell.device.type == "cuda":
+        peak_memory = torch.cuda.max_memory_allocated(cell.device) >> 20
+    return metrics | {
+        "best": cell.best, "aligner": cell.lines[-1]["aligner"], "spaces": cell.lines[-1]["spaces"],
+        "grad_norm": round(mean_gradient_norm(cell.lines), 4),
+        "parameters": sum(weight.numel() for weight in parameters),
+        "trained": sum(weight.numel() for weight in parameters if weight.requires_grad),
+        "seconds": round(cell.seconds, 1), "peak_memory_mib": peak_memory}
+
+
+def mean_gradient_norm(lines):
+    """Return the mean over a log's steps of the student's gradient norm before clipping."""
+    of_student = [line for line in lines if line.get("role") == "student"]
+    steps = sum(line["steps"] for line in of_student)
+    return sum(line["grad_norm"] * line["steps"] for line in of_student) / steps
+
+
+# ---- the grid and the command line ----
 def train(config):
-    """Train every arm with every seed -> {arm: {seed: metrics}}. A finished cell is read, not trained again.
-    Raises UserError for whatever the caller can mend, before a model is loaded wherever that is possible."""
-    join(config)
-    # Of rank 0 alone: the others might already see what it is about to write.
-    config, fresh, todo = from_first(partial(begin, config))
-    out = Path(config.out)
-    try:
-        if todo:  # rank 0 fetches, draws and buys, then the others find it all
-            built = []
-            from_first(lambda: built.append(Data(config)))
-            data = built[0] if built else Data(config)
-        for seed, arm in todo:
-            cell = replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
-            if not rank():
-                write_json(out / arm / str(seed) / "config.json", vars(cell))
-            run(Cell(cell, data, out / arm / str(seed)))
-            gc.collect()  # DDP and FSDP hold a student in cycles: it would be there beside the next one
-    except (UserError, OSError):
-        written = {each.name for each in out.rglob("*") if each.is_file()}
-        if fresh and written <= {"config.json"} and not rank():  # not begun
-            shutil.rmtree(out, ignore_errors=True)
-        raise
-    return from_first(lambda: {arm: {seed: json.loads((out / arm / str(seed) / "metrics.json").read_text())
-                                     for seed in config.seeds} for arm in config.arms})
+    """Train every arm with every seed; return {arm: {seed: metrics}}. A finished cell is read, not
+    trained again.
 
-def begin(config):
-    """(resolved Config, is its folder new, [(seed, arm)] still to train); writes OUT/config.json."""
+    config may leave out whatever has a default. Raises UserError for what the caller can mend,
+    before a model is loaded wherever that is possible.
+    """
+    init_processes(config)
+    return train_grid(from_rank0(partial(complete, config)))
+
+
+def complete(config):
+    """Return a Config with nothing left open: a resumed run's own, or one with its defaults."""
     if config.resume and not config.out:
         config = resume_config(config.resume, {"fsdp": config.fsdp})
-    config = resolve(config)
-    out, fresh = Path(config.out), not Path(config.out).exists()
+    return resolve(config)
+
+
+def train_grid(config):
+    """train() of a resolved Config, in processes that have met."""
+    # Of the first process alone: the others might already see what it is about to write.
+    config, is_new, todo = from_rank0(partial(begin, config))
+    out = Path(config.out)
+    try:
+        if todo:
+            data = load_data(config)
+        for seed, arm in todo:
+            folder = out / arm / str(seed)
+            cell_config = replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
+            if is_first():
+                write_json(folder / "config.json", vars(cell_config))
+            run(Cell(cell_config, data, folder))
+            gc.collect()  # DDP and FSDP hold a student in cycles: it would stay beside the next one
+    except (UserError, OSError):
+        if is_new and is_first():
+            remove_if_not_begun(out)
+        raise
+    return from_rank0(partial(read_metrics, config))
+
+
+def begin(config):
+    """Return (config, whether its folder is new, [(seed, arm)] still to train); write
+    OUT/config.json.
+
+    UserError for what can be told before anything is loaded.
+    """
+    out = Path(config.out)
+    is_new = not out.exists()
     if not config.resume and (out / "config.json").exists():
-        raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give another --out")
-    todo = [(seed, arm) for seed in config.seeds for arm in config.arms
-            if not (out / arm / str(seed) / "metrics.json").exists()]
+        raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give "
+                        "another --out")
+    todo = []
+    for seed in config.seeds:
+        for arm in config.arms:
+            if not (out / arm / str(seed) / "metrics.json").exists():
+                todo.append((seed, arm))
     if todo:
         if config.student != "tiny":
             check_available(config.student)
-        print(f"{config.task}: student {config.student}, teacher {config.teacher}, {precision(config)[-1]}, "
+        where = precision(config)[-1]
+        print(f"{config.task}: student {config.student}, teacher {config.teacher}, {where}, "
               f"arms {','.join(config.arms)}, seeds {config.seeds}, writing {out}", flush=True)
+        warn_of_micro_batches(config)
         if not config.resume:  # first, so that --resume can start what never began
             write_json(out / "config.json", vars(config))
-    return config, fresh, todo
+    return config, is_new, todo
 
-def main(argv=None):
-    """The command line: status 0; 2 and one line on stderr for what the user can mend; 130 after Ctrl-C."""
-    config = configure(argv)
+
+def warn_of_micro_batches(config):
+    """Say so where a batch-mean loss sees a micro-batch's mean instead of the batch's."""
+    kinds = {ARMS[arm].get("loss", config.loss) for arm in config.arms}
+    changed = sorted(kinds - set(PER_EXAMPLE))
+    if changed and config.micro_batch < config.batch_size:
+        print(f"note: --micro-batch {config.micro_batch} changes the loss {' and '.join(changed)}: "
+              f"it compares means over {config.micro_batch} examples, not over {config.batch_size}",
+              flush=True)
+
+
+def load_data(config):
+    """Return a run's Data: the first process fetches, draws and buys, the others find it all."""
+    data = None
+
+    def build():
+        nonlocal data
+        data = Data(config)  # It stays here: the other processes hear only that it is done.
+
+    from_rank0(build)
+    return data or Data(config)
+
+
+def remove_if_not_begun(out):
+    """Delete the new folder of a run that stopped before its first cell began."""
+    written = {path.name for path in out.rglob("*") if path.is_file()}
+    if written <= {"config.json"}:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def read_metrics(config):
+    """Return {arm: {seed: metrics}} of a finished run."""
+    metrics = {}
+    for arm in config.arms:
+        metrics[arm] = {}
+        for seed in config.seeds:
+            path = Path(config.out) / arm / str(seed) / "metrics.json"
+            metrics[arm][seed] = json.loads(path.read_text())
+    return metrics
+
+
+def main(argv=None, config=None):
+    """The command line: status 0; 2 and one line on stderr for what the user can mend; 130 after
+    Ctrl-C.
+
+    config: what configure() has made of the command line already, where it has.
+    """
+    if config is None:
+        config = configure(argv)
     if config.student == "tiny":
         torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
     try:
         if config.plan:
-            from tests.plan import plan
-            return print(plan(config, [replace(config, **ARMS[arm]) for arm in config.arms]))
-        train(config)
-        if not rank():
+            print(plan(config))
+            return
+        init_processes(config)
+        train_grid(config)
+        if is_first():
             print(evaluation.report(evaluation.find_cells([config.out])))
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
         fail(error)
     except torch.OutOfMemoryError:
-        fail("out of memory: try a smaller --micro-batch or --max-length, --grad-checkpoint on or --amp bf16")
+        fail("out of memory: try a smaller --micro-batch or --max-length, --grad-checkpoint on or "
+             "--amp bf16")
     except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
-        fail(f"{error}; if {config.out} was begun, it is whole: mend this and --resume {config.out}")
+        fail(f"{error}; if {config.out} was begun, it is whole: mend this and --resume "
+             f"{config.out}")
     except KeyboardInterrupt:
-        message = f"\nstopped; go on with: python train.py --resume {config.out}\n"
-        Parser().exit(130, "" if rank() else message)
+        if is_first():
+            exit_with_message(130, f"\nstopped; go on with: python train.py --resume {config.out}")
+        sys.exit(130)
+
 
 if __name__ == "__main__":
-    main()
+    main(config=COMMAND_LINE)

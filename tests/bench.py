@@ -134,14 +134,16 @@ class Bench:
         data = object.__new__(training.Data)  # Data() would read the task and look for a teacher's vectors
         example = Example({"premise": "", "hypothesis": ""}, 0, 0, "")
         read = self.vectors.numpy().__getitem__
-        vars(data).update(task=TASKS["rte"], splits={"train": [example]}, rows={"train": self.rows[:count]},
+        vars(data).update(task=TASKS["rte"], splits={"train": [example]}, encoded={"train": self.rows[:count]},
                           labels=self.labels[:count], dim=1024, num_labels=2, vocabulary=(),
                           vectors={"painter": {"train": read, "dev": read}})
         training.build_student, training.finish = self.build, lambda cell: None
         cell = training.Cell(dataclasses.replace(config, **training.ARMS[arm]), data, Path(folder))
-        cell.evaluate, cell.best, cell.save = (
-            lambda: ({"accuracy": 0}, None, None), {"dev": {"accuracy": 1}}, lambda *_: None)
+        training.print_scores = lambda *_: None
+        cell.evaluate = lambda split: ({"accuracy": 0}, None, None)
         cell.evaluate_aligner = lambda p_s: {}
+        cell.keep_if_best = lambda epoch, scores: None
+        cell.save = lambda name: None
         return cell
 
 def aligner(bench):
@@ -460,9 +462,9 @@ def lora_ratio(args):
 
         def step(i, student=student):
             part = range(8 * i % 160, 8 * i % 160 + 8)
-            out, losses = student(**collate([rows[j] for j in part], tokenizer.pad_token_id))
+            out = student(**collate([rows[j] for j in part], tokenizer.pad_token_id))
             optimizer_step(student, student_loss(out, None, labels[part], alpha=0, beta=0, gamma=0,
-                                                 answer_loss=losses.mean(), **KW)[0])
+                                                 answer_loss=out.answer_loss.mean(), **KW)[0])
         steps[name] = step
     report("student step: LoRA rank 8 / all weights", interleave(args.rounds, **steps), "lora", "full")
 

@@ -15,13 +15,13 @@ import train as training
 from losses import KINDS
 from student import load_student
 from tests.conftest import write_reasoning
-from train import Cell, Config, Data, join, resolve, update, whole
+from train import Cell, Config, Data, gather_to_rank0, init_processes, resolve, update
 
 def as_rank(rank, port, work, arguments, result):
     """In a process of its own: what torchrun sets, then work(*arguments); rank 0's answer goes to a file."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
-    join(Config())
+    init_processes(Config())
     torch.save(work(*arguments), f"{result}{rank}")
     torch.distributed.barrier()
 
@@ -51,7 +51,7 @@ def first_gradient(flags, folder, rows):
     cell = open_cell(flags, folder)
     cell.optimizers["student"].zero_grad = lambda: None
     values = update(cell, 0, "student", 0, rows)
-    return {name: whole(weight.grad) for name, weight in cell.student.named_parameters()
+    return {name: gather_to_rank0(weight.grad) for name, weight in cell.student.named_parameters()
             if weight.grad is not None}, {name: value.item() for name, value in values.items()}
 
 def gradients(cases, folder):
@@ -60,7 +60,7 @@ def gradients(cases, folder):
 def weights_of(cell):
     """Student's and aligner's, but for the keys' biases: softmax ignores them, so that their gradient is
     rounding, and AdamW divides rounding by rounding."""
-    return {name: whole(value) for name, value in cell.models.state_dict().items()
+    return {name: gather_to_rank0(value) for name, value in cell.models.state_dict().items()
             if not name.endswith(("key.bias", "k_proj.bias"))}
 
 def ten_steps(cases, folder):
@@ -140,7 +140,7 @@ def own_outputs(flags, folder):
     for module in cell.student.lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
-    seen, rows = [], cell.data.rows["train"]
+    seen, rows = [], cell.data.encoded["train"]
     rows[1] = rows[0]
     cell.student.register_forward_hook(lambda module, inputs, out: seen.append(out.proj.detach()))
     update(cell, 0, "student", 0, [0, 1])

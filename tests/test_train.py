@@ -21,7 +21,8 @@ from align import Householder
 from data import TASKS, UserError, collate, load_task
 from student import load_student
 from teacher import Painter, build_teacher
-from train import ARMS, Cell, Config, Data, lr_factor, main, resolve, run, seed_of, train
+from train import (ARMS, Cell, Config, Data, is_distilled, lr_factor, main, resolve, run, seed_of,
+                   train)
 
 ROOT = Path(__file__).resolve().parent.parent
 # 3 steps an epoch, the last one of 8
@@ -144,7 +145,8 @@ def test_every_arm_is_one_line_of_overrides_and_controls_are_those_without_the_t
     assert all(overrides.keys() <= fields and len(overrides) <= 3 for overrides in ARMS.values())
     few = {split: rows[:60] for split, rows in load_task("objects").items()}
     monkeypatch.setattr(training, "load_task", lambda *_: few)
-    config = Config(task="objects", arms=tuple(ARMS), epochs=1, limit=40, out=str(tmp_path / "run"))
+    config = resolve(Config(task="objects", arms=tuple(ARMS), epochs=1, limit=40,
+                            out=str(tmp_path / "run")))
     found = train(config)
     controls = {arm for arm in ARMS if found[arm][0]["control"]}
     assert {"undistilled", "undistilled-aux", "shuffled", "noise"} <= controls  # yours may be more
@@ -152,7 +154,8 @@ def test_every_arm_is_one_line_of_overrides_and_controls_are_those_without_the_t
                            "euclidean", "cosine", "dose-0", "dose-0.75"}
     for arm in ARMS:
         spaces = found[arm][0]["spaces"]
-        assert (spaces is None) == arm.startswith("undistilled")
+        without_teacher = not is_distilled(dataclasses.replace(config, **ARMS[arm]))
+        assert (spaces is None) == without_teacher
         assert spaces is None or (0 <= spaces["retrieval@1"] <= 1 and 0 <= spaces["cka"] <= 1)
     assert found["dose-0.25"][0]["teacher"] == "painter:0.25" and found["armada"][0]["teacher"] == "painter"
 
@@ -165,8 +168,8 @@ def test_an_arm_whose_overrides_are_out_of_range_stops_before_anything_is_traine
     monkeypatch.setitem(ARMS, "mine", {"beta": -5})
     with pytest.raises(UserError, match="--beta -5 must be"):
         resolve(Config(arms=("armada", "mine")))
-    monkeypatch.setitem(ARMS, "mine", {"pairing": "within"})
-    with pytest.raises(UserError, match="unknown --pairing 'within'"):
+    monkeypatch.setitem(ARMS, "mine", {"pairing": "own "})
+    with pytest.raises(UserError, match="unknown --pairing 'own '"):
         resolve(Config(arms=("armada", "mine")))
 
 def test_arms_without_a_teacher_pay_for_no_vectors():
@@ -191,7 +194,7 @@ def test_an_untrained_aligner_stays_as_it_was(tmp_path):
 def test_the_alignment_in_metrics_json_is_that_of_the_saved_student(tmp_path):
     cell = cell_of(tmp_path)
     run(cell)
-    student, rows = load_student(tmp_path / "last"), cell.data.rows["dev"]
+    student, rows = load_student(tmp_path / "last"), cell.data.encoded["dev"]
     p_t = cell.aligner.eval()(torch.from_numpy(cell.vectors["dev"](range(500)))).proj.detach().numpy()
     with torch.inference_mode():
         p_s = student(**collate(rows, student.tokenizer.pad_token_id)).proj.numpy()
@@ -237,7 +240,7 @@ def test_three_steps_of_each_role_are_adamw_with_clipped_gradients_and_the_sched
         if role == "aligner":
             loss = losses.aligner_loss(model(e), y, 1.0)
         else:
-            x = collate([twin.data.rows["train"][i] for i in rows], model.tokenizer.pad_token_id)
+            x = collate([twin.data.encoded["train"][i] for i in rows], model.tokenizer.pad_token_id)
             loss, _ = losses.student_loss(model(**x), twin.aligner(e), y, alpha=0.5, beta=20.0, gamma=1.0,
                                           temperature=5.0, kind="manifold")
         optimizers[role].zero_grad()
@@ -312,10 +315,10 @@ def test_fp16_forgives_a_skipped_step_but_not_a_scale_that_vanishes():
     scaler, facts = Scaler(), {"role": "student", "step": 2, "epoch": 1}
     waiting = [{"loss": torch.tensor(1.0), "grad_norm": torch.tensor(n)} for n in (float("inf"), 3.0)]
     scaler.scale = 2.0**15
-    assert training.means(waiting, facts, scaler)["grad_norm"] == 3.0
+    assert training.average_logs(waiting, facts, scaler)["grad_norm"] == 3.0
     scaler.scale = 2.0**-3
     with pytest.raises(UserError, match="overflow at every loss scale"):
-        training.means(waiting, facts, scaler)
+        training.average_logs(waiting, facts, scaler)
 
 def test_the_student_step_leaves_the_aligner_alone_and_the_aligner_step_the_student(tmp_path, monkeypatch):
     cell, seen = cell_of(tmp_path, epochs=1), []
@@ -438,11 +441,11 @@ def test_a_process_killed_by_the_system_is_resumed_from_its_last_checkpoint(tmp_
     assert_identical(weights(cell / "last"), weights(whole / "last"))
     assert outcome(cell) == outcome(whole)
 
-def test_replacing_a_folder_leaves_one_whole_folder_wherever_it_is_killed(tmp_path):
+def test_an_atomic_write_leaves_one_whole_folder_wherever_it_is_killed(tmp_path):
     folder = tmp_path / "last"
 
     def replace(content, error=None):
-        with training.replacing(folder) as new:
+        with training.atomic_write(folder) as new:
             new.mkdir()
             (new / "a").write_text(content)
             if error:
@@ -455,7 +458,7 @@ def test_replacing_a_folder_leaves_one_whole_folder_wherever_it_is_killed(tmp_pa
     folder.rename(tmp_path / "last.new")  # as a kill leaves it that comes while the old one is being deleted
     folder.mkdir()
     (folder / "half").write_text("deleted")
-    training.settle(folder)
+    training.finish_write(folder)
     assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("a", "1")]
     replace("2")
     assert (folder / "a").read_text() == "2" and sorted(p.name for p in tmp_path.iterdir()) == ["last"]
