@@ -259,8 +259,10 @@ class Student(StudentModel):
 
     # ---- what it answers ----
     def answers(self, rows, batch_size=64, autocast=nullcontext, keep=0):
-        """Lists, in the order of encoded rows: class ids (scores; where it generates, the losses of
-        the answers given with the rows), and p_s (d,) of the first `keep`."""
+        """Return (answers, projections), lists in the order of the encoded rows.
+        An answer is a class id, or the score of a regression; of a student that generates it is the
+        cross entropy of the answer given with the row. Projections are p_s (d,) of the first `keep`
+        rows, on the CPU."""
         answers = [None] * len(rows)
         projections = [None] * min(keep, len(rows))
         with self.evaluation_mode():
@@ -279,9 +281,9 @@ class Student(StudentModel):
         return answers, projections
 
     def generate(self, rows, batch_size=64, autocast=nullcontext, temperature=0):
-        """The texts that follow the prompts of encoded rows, in order: the likeliest tokens at
-        temperature 0, else sampled with torch's generator; up to end-of-text or
-        settings["max_new_tokens"]."""
+        """Return the texts that follow the prompts of encoded rows, in their order.
+        At temperature 0 they are the likeliest tokens, else sampled by torch's generator. They end
+        with end-of-text or after settings["max_new_tokens"]."""
         prompts = []
         for row in rows:
             ids = row["input_ids"]
@@ -310,9 +312,10 @@ class Student(StudentModel):
         return texts
 
     def predict(self, texts):
-        """Label names (scores for a regression), in order, of strings or, for a two-text task on an
-        encoder, (text_a, text_b) pairs. A decoder wants the prompt it was trained on,
-        TASKS[...].prompt(example); one that generates answers with texts."""
+        """Return the label names (scores for a regression) of texts, in their order.
+        A text is a string or, for a two-text task on an encoder, a pair (text_a, text_b). A decoder
+        wants the prompt it was trained on, TASKS[...].prompt(example); one that generates answers
+        with texts, and raises UserError if a prompt leaves no room for an answer."""
         if isinstance(texts, str):
             raise UserError("predict wants a list of texts: predict([text])")
         if self.generates:
@@ -339,7 +342,8 @@ class Student(StudentModel):
 
     @contextmanager
     def evaluation_mode(self):
-        """Eval mode, nothing kept for a backward pass; afterwards the mode that it was in."""
+        """Within, the student is in eval mode and keeps nothing for a backward pass; afterwards it
+        is in the mode that it was in."""
         was_training = self.training
         # FSDP trains in the buffers that it evaluates in, which inference mode would forbid.
         if isinstance(self, FSDPModule):
@@ -410,18 +414,18 @@ class Student(StudentModel):
         folder = Path(folder)
         if state is None:
             state = self.state()
-        lm_state = _under("lm.", state)
+        lm_state = _strip_prefix(state, "lm.")
         if self.settings["lora"]:
             folder.mkdir(parents=True, exist_ok=True)
             self._save_adapters(folder, lm_state)
         else:
             self.lm.save_pretrained(folder, state_dict=lm_state)
         self.tokenizer.save_pretrained(folder)
-        save_file(_under("heads.", state), folder / "heads.safetensors")
+        save_file(_strip_prefix(state, "heads."), folder / "heads.safetensors")
         (folder / "student.json").write_text(json.dumps(self.settings))
 
     def _save_adapters(self, folder, adapters):
-        """The two files of a PeftModel; the base stays where it is, and is named."""
+        """Write the two files of a PeftModel, which name the base; the base stays where it is."""
         base = self.settings["base"]
         config = {
             "peft_type": "LORA",
@@ -438,8 +442,8 @@ class Student(StudentModel):
         (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def _under(prefix, state):
-    """The part of {name: tensor} whose names start with a prefix, which is taken off."""
+def _strip_prefix(state, prefix):
+    """Keep of {name: tensor} the names that start with a prefix, and take it off."""
     part = {}
     for name, value in state.items():
         if name.startswith(prefix):
@@ -463,7 +467,7 @@ def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
 
 
 def load_student(folder):
-    """The Student that save() wrote, on the CPU in eval mode, without its teacher and aligner.
+    """Load the Student that save() wrote, on the CPU in eval mode; it needs no teacher, no aligner.
     UserError of one line if the folder is damaged, no student's, or a LoRA's whose base is gone."""
     base = None
     try:
@@ -486,7 +490,7 @@ def load_student(folder):
 
 
 def _model_class(vocabulary):
-    """A student that generates is loaded with its vocabulary head, any other without."""
+    """A student that generates is loaded with its vocabulary head, any other without it."""
     return transformers.AutoModelForCausalLM if vocabulary else transformers.AutoModel
 
 
