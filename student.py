@@ -397,7 +397,8 @@ class Student(StudentModel):
         """Return what save() writes, {name: tensor}; of LoRA only adapters and heads."""
         state = {}
         written = set()
-        for name, value in self.state_dict(keep_vars=True).items():  # the parameters, not copies
+        # keep_vars: the parameters themselves, whose ids tell them apart.
+        for name, value in self.state_dict(keep_vars=True).items():
             is_trained = ".lora_" in name or name.startswith("heads.")
             if self.settings["lora"] and not is_trained:
                 continue

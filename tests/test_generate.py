@@ -662,7 +662,7 @@ def test_a_stopped_lora_run_goes_on_to_the_same_adapters(config, tmp_path, monke
 
 
 def test_without_a_teacher_the_student_is_fine_tuned_with_the_bag_of_its_own(config, tmp_path):
-    """undistilled: language-model cross entropy plus task(o_s, y), without auxiliary head, aligner."""
+    """undistilled: language-model cross entropy plus task(o_s, y), and no aligner."""
     train(replace(config, arms=("undistilled",), epochs=1, eval_limit=1, sampling_temperature=1.0))
     folder = tmp_path / "run/undistilled/0"
     steps = [line for line in json_lines(folder / "log.jsonl") if "step" in line]
