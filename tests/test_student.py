@@ -1,4 +1,10 @@
-"""Students: pooling, heads, saving, asking. Every fact is checked for each family. Read beside student.py."""
+"""Students: pooling, heads, saving, asking. Every fact is checked for each family of models.
+
+Read beside student.py. The models are tiny and random (tests/conftest.py).
+"""
+import http.server
+import threading
+
 import huggingface_hub
 import pytest
 import torch
@@ -9,65 +15,86 @@ from data import UserError, collate
 from student import build_student, load_student
 from tests.conftest import FAMILIES, TEXTS
 
+
 def batch_of(student, texts, left=False, extra=0):
     """Pad to the longest text plus `extra`, on the right or on the left."""
     rows = [dict(student.tokenizer(text)) for text in texts]
     width = max(len(row["input_ids"]) for row in rows) + extra
     batch = {}
     for key in rows[0]:
-        fill = student.tokenizer.pad_token_id if key == "input_ids" else 0
-        batch[key] = torch.tensor([[fill] * (width - len(row[key])) + row[key] if left else
-                                   row[key] + [fill] * (width - len(row[key])) for row in rows])
+        filler = student.tokenizer.pad_token_id if key == "input_ids" else 0
+        padded_rows = []
+        for row in rows:
+            padding = [filler] * (width - len(row[key]))
+            padded_rows.append(padding + row[key] if left else row[key] + padding)
+        batch[key] = torch.tensor(padded_rows)
     return batch
+
 
 @pytest.fixture(params=FAMILIES)
 def student(request, model_folder):
     torch.manual_seed(0)
     return build_student(model_folder(request.param), 3, 12).eval()
 
+
 def test_outputs_have_the_shapes_and_formulas_of_the_method(student):
     batch = batch_of(student, TEXTS)
-    out, heads = student(**batch), student.heads
+    heads = student.heads
+    out = student(**batch)
     h = student.pool(student.lm(**batch), batch["attention_mask"])
     torch.testing.assert_close(out.logits, heads["classifier"](h))
     torch.testing.assert_close(out.proj, h @ heads["projection"].weight.T)  # linear, no bias
     torch.testing.assert_close(out.aux_logits, heads["aux_classifier"](out.proj))
     assert [tuple(x.shape) for x in out] == [(4, 3), (4, 3), (4, 12)]
 
+
 def test_padding_changes_nothing(student):
     """A text alone, among longer ones, and with ten columns of padding more: the same vector."""
     together = student(**batch_of(student, TEXTS))
     wide = student(**batch_of(student, TEXTS, extra=10))
     for i, text in enumerate(TEXTS):
-        for one, many, more in zip(student(**batch_of(student, [text])), together, wide):
+        alone = student(**batch_of(student, [text]))
+        for one, many, more in zip(alone, together, wide):
             torch.testing.assert_close(one[0], many[i], atol=2e-5, rtol=1e-4)
             torch.testing.assert_close(one[0], more[i], atol=2e-5, rtol=1e-4)
 
+
 def test_a_decoder_gives_the_same_vector_under_left_padding(student):
     if student.decoder:
-        right, left = (student(**batch_of(student, TEXTS, left=left, extra=3)) for left in (False, True))
+        right = student(**batch_of(student, TEXTS, extra=3))
+        left = student(**batch_of(student, TEXTS, left=True, extra=3))
         torch.testing.assert_close(right.logits, left.logits, atol=2e-5, rtol=1e-4)
 
+
 def test_pooling_reads_the_position_its_family_calls_for(student):
-    """BERT and RoBERTa: the pooler; DeBERTa: the first token; OPT and LLaMA: the last real token, here before
-    padding whose id is that of a real token (LLaMA folders often pad with end-of-text)."""
-    batch, family = batch_of(student, TEXTS, extra=2), student.lm.config.model_type
+    """BERT and RoBERTa: the pooler; DeBERTa: the first token; OPT and LLaMA: the last real token.
+
+    The padding's id is here that of a real token (LLaMA folders often pad with end-of-text).
+    """
+    batch = batch_of(student, TEXTS, extra=2)
     batch["input_ids"][batch["attention_mask"] == 0] = student.tokenizer.sep_token_id
     out = student.lm(**batch)
-    last = batch["attention_mask"].sum(1) - 1
-    expected = {"bert": lambda: out.pooler_output, "roberta": lambda: out.pooler_output,
-                "deberta-v2": lambda: out.last_hidden_state[:, 0],
-                "opt": lambda: out.last_hidden_state[range(4), last],
-                "llama": lambda: out.last_hidden_state[range(4), last]}
-    assert (student.pool(out, batch["attention_mask"]) == expected[family]()).all()
+    family = student.lm.config.model_type
+    if family in ("bert", "roberta"):
+        expected = out.pooler_output
+    elif family == "deberta-v2":
+        expected = out.last_hidden_state[:, 0]
+    else:
+        assert family in ("opt", "llama")
+        last = batch["attention_mask"].sum(1) - 1
+        expected = out.last_hidden_state[range(4), last]
+    assert (student.pool(out, batch["attention_mask"]) == expected).all()
+
 
 def test_every_word_reaches_the_pooled_vector(student):
     """Position 0 under a causal mask would give the same vector for every text."""
     words = TEXTS[0].split()
     plain = student(**batch_of(student, [TEXTS[0]])).logits
     for i in (0, len(words) // 2, len(words) - 1):
-        changed = " ".join([*words[:i], "nobody", *words[i + 1:]])
-        assert (student(**batch_of(student, [changed])).logits - plain).abs().max() > 1e-6
+        changed_text = " ".join([*words[:i], "nobody", *words[i + 1:]])
+        changed = student(**batch_of(student, [changed_text])).logits
+        assert (changed - plain).abs().max() > 1e-6
+
 
 def test_gradients_reach_every_layer_with_and_without_checkpointing_and_are_equal(student):
     """In train mode, so that the recomputed layers must draw the same dropout."""
@@ -76,40 +103,52 @@ def test_gradients_reach_every_layer_with_and_without_checkpointing_and_are_equa
         student.zero_grad()
         out = student.train()(**batch_of(student, TEXTS))
         (out.logits.square().sum() + out.aux_logits.square().sum()).backward()
-        return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+        parameters = student.named_parameters()
+        return {name: p.grad.clone() for name, p in parameters if p.grad is not None}
 
-    runs = []  # of layers 0 and 1, the last one
+    runs = []  # the indices of the layers, in the order in which they run: 0, and 1, the last one
     for i, layer in enumerate(student.layers()):
-        first = next(module for module in layer.modules() if isinstance(module, torch.nn.Linear))
-        first.register_forward_hook(lambda *_, i=i: runs.append(i))
+        linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+        linears[0].register_forward_hook(lambda *_, i=i: runs.append(i))
     plain = gradients()
     assert sorted(runs) == [0, 1]
+
     student.checkpoint_gradients()
     runs.clear()
     recomputed = gradients()
-    assert sorted(runs) == [0, 0, 1]  # the last layer's backward pass comes first: it is still there
-    assert all(any(f".{layer}." in name for name in plain) for layer in (0, 1))
+    # The last layer's backward pass comes first: its activations are still there.
+    assert sorted(runs) == [0, 0, 1]
+
+    for layer in (0, 1):
+        assert any(f".{layer}." in name for name in plain)
     assert plain.keys() == recomputed.keys()
     torch.testing.assert_close(plain, recomputed)
 
+
 def test_save_and_load_give_the_same_outputs_and_automodel_opens_the_folder(student, tmp_path):
     student.save(tmp_path)
-    loaded, batch = load_student(tmp_path), batch_of(student, TEXTS)
+    loaded = load_student(tmp_path)
+    batch = batch_of(student, TEXTS)
     assert not loaded.training
     for a, b in zip(student(**batch), loaded(**batch)):
         assert (a == b).all()
-    lm, tokenizer = (transformers.AutoModel.from_pretrained(tmp_path),
-                     transformers.AutoTokenizer.from_pretrained(tmp_path))
+    lm = transformers.AutoModel.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (lm(**batch).last_hidden_state == student.lm(**batch).last_hidden_state).all()
     assert tokenizer(TEXTS[0])["input_ids"] == student.tokenizer(TEXTS[0])["input_ids"]
 
+
 def test_dropout_hits_both_heads_but_not_the_projection(model_folder):
-    """The language model's own dropout is switched off; p_s must be P_s h_s, and o_s, a_s thinned."""
-    student, batch = build_student(model_folder("bert"), 3, 12, dropout=0.5).train(), None
+    """With the language model's own dropout off, p_s is P_s h_s, and o_s and a_s are thinned."""
+    student = build_student(model_folder("bert"), 3, 12, dropout=0.5).train()
     student.lm.eval()
     batch = batch_of(student, TEXTS)
-    a, b = student(**batch), student(**batch)
-    assert (a.proj == b.proj).all() and (a.logits != b.logits).any() and (a.aux_logits != b.aux_logits).any()
+    a = student(**batch)
+    b = student(**batch)
+    assert (a.proj == b.proj).all()
+    assert (a.logits != b.logits).any()
+    assert (a.aux_logits != b.aux_logits).any()
+
 
 def test_answers_come_without_dropout_in_order_and_leave_the_mode_alone(student):
     rows = [dict(student.tokenizer(text)) for text in TEXTS]
@@ -117,70 +156,87 @@ def test_answers_come_without_dropout_in_order_and_leave_the_mode_alone(student)
     student.train()
     student.drop.p = 0.9
     answers, p_s = student.answers(rows, batch_size=3, keep=2)
-    assert answers == expected.logits.argmax(-1).tolist() and student.training
+    assert answers == expected.logits.argmax(-1).tolist()
+    assert student.training
     torch.testing.assert_close(torch.stack(p_s), expected.proj[:2])
 
+
 def test_predict_names_the_label_of_each_text_in_order_whatever_the_batch_size(student):
-    student.settings["labels"] = ["no", "maybe", "yes"]
+    labels = ["no", "maybe", "yes"]
+    student.settings["labels"] = labels
     logits = student(**batch_of(student, TEXTS)).logits
-    named = [["no", "maybe", "yes"][i] for i in logits.argmax(-1)]
-    assert student.predict(TEXTS) == named and [student.predict([text])[0] for text in TEXTS] == named
+    named = [labels[i] for i in logits.argmax(-1)]
+    assert student.predict(TEXTS) == named
+    assert [student.predict([text])[0] for text in TEXTS] == named
     assert len(student.predict([(text, TEXTS[0]) for text in TEXTS])) == 4
     with pytest.raises(UserError, match=r"predict\(\[text\]\)"):
         student.predict(TEXTS[0])  # would be answered letter by letter
 
+
 def test_predict_of_a_regression_gives_scores_from_0_to_5_and_leaves_the_mode_alone(model_folder):
     student = build_student(model_folder("bert"), 1, 8).train()
     torch.nn.init.constant_(student.heads["classifier"].bias, 9.0)
-    assert student.predict(TEXTS) == [5.0] * 4 and student.training
+    assert student.predict(TEXTS) == [5.0] * 4
+    assert student.training
+
 
 def test_a_float16_checkpoint_is_loaded_in_float32(model_folder):
-    """transformers keeps the stored dtype; OPT's is float16,
-    in which a step of 2e-5 times a gradient changes nothing."""
+    """transformers keeps the stored dtype. OPT's is float16, in which a step of 2e-5 times a
+    gradient changes nothing."""
     folder = model_folder("opt", torch.float16)
     assert transformers.AutoModel.from_pretrained(folder).dtype == torch.float16
     assert {p.dtype for p in build_student(folder, 2, 8).parameters()} == {torch.float32}
+
 
 def test_no_vocabulary_head_is_loaded(student):
     """AutoModel, not AutoModelForCausalLM: a head of vocabulary width would be dead weight."""
     assert not any("lm_head" in name for name, _ in student.named_parameters())
 
+
 @pytest.mark.parametrize("proj_dim", [20, 32, 50])
 def test_an_orthogonal_student_projection_is_orthogonal_at_any_width(model_folder, proj_dim):
-    projection = build_student(model_folder("bert"), 2, proj_dim, orthogonal=True).heads["projection"]
-    P = projection(torch.eye(32)).T  # (d, d_s)
+    student = build_student(model_folder("bert"), 2, proj_dim, orthogonal=True)
+    P = student.heads["projection"](torch.eye(32)).T  # (d, d_s)
     gram = P @ P.T if proj_dim <= 32 else P.T @ P
     torch.testing.assert_close(gram, torch.eye(min(proj_dim, 32)), atol=1e-5, rtol=0)
 
-# ---- tiny --------------------------------------------------------------------------------------------------
+
+# ---- tiny ----
 def test_tiny_makes_its_vocabulary_from_texts_and_reads_pairs():
     student = build_student("tiny", 2, 8, texts=["Is a mouse bigger than a piano?"])
-    ids = student.tokenizer(["A MOUSE?", "zebra"], ["piano", "piano"])
-    assert student.tokenizer.convert_ids_to_tokens(ids["input_ids"][0]) == [
+    tokenizer = student.tokenizer
+    encoded = tokenizer(["A MOUSE?", "zebra"], ["piano", "piano"])
+    first, second = encoded["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(first) == [
         "[CLS]", "a", "mouse", "?", "[SEP]", "piano", "[SEP]"]
-    assert student.tokenizer.convert_ids_to_tokens(ids["input_ids"][1])[1] == "[UNK]"
-    assert ids["token_type_ids"][0] == [0, 0, 0, 0, 0, 1, 1]
-    assert student(**collate(
-        [{k: v for k, v in zip(ids, row)} for row in zip(*ids.values())], 0)).logits.shape == (2, 2)
+    assert tokenizer.convert_ids_to_tokens(second)[1] == "[UNK]"
+    assert encoded["token_type_ids"][0] == [0, 0, 0, 0, 0, 1, 1]
+    rows = [dict(tokenizer("A MOUSE?", "piano")), dict(tokenizer("zebra", "piano"))]
+    assert student(**collate(rows, 0)).logits.shape == (2, 2)
+
 
 def test_tiny_without_texts_is_an_error():
     with pytest.raises(UserError, match="texts="):
         build_student("tiny", 2, 8)
 
+
 def test_bert_6l_is_the_first_six_layers(monkeypatch, tmp_path, model_folder):
     config = transformers.AutoConfig.from_pretrained(model_folder("bert"), num_hidden_layers=8)
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
-    student_module._tiny(TEXTS)[1].save_pretrained(tmp_path)
+    _, tokenizer = student_module._tiny(TEXTS)
+    tokenizer.save_pretrained(tmp_path)
     monkeypatch.setitem(student_module.SHORT_NAMES, "bert-6l", str(tmp_path))
     student_module.check_available.cache_clear()
     assert len(build_student("bert-6l", 2, 8).lm.encoder.layer) == 6
     student_module.check_available.cache_clear()
 
+
 def test_a_folder_without_tokenizer_files_is_refused(model_folder, tmp_path):
-    """transformers would invent an empty vocabulary and read every text as the same unknown word."""
+    """transformers would invent an empty vocabulary and read every text as one unknown word."""
     transformers.AutoModel.from_pretrained(model_folder("bert")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="tokenizer"):
         build_student(str(tmp_path), 2, 8)
+
 
 def test_a_damaged_checkpoint_is_one_line(student, tmp_path):
     student.save(tmp_path)
@@ -189,22 +245,24 @@ def test_a_damaged_checkpoint_is_one_line(student, tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         load_student(tmp_path)
 
-# ---- names that cannot be had ------------------------------------------------------------------------------
+
+# ---- names that cannot be had ----
 def test_a_folder_without_a_model_and_a_folder_without_a_student_are_named(tmp_path):
     with pytest.raises(UserError, match="holds no config.json"):
         build_student(str(tmp_path), 2, 8)
     with pytest.raises(UserError, match="no last/ or best/: .*student.json"):
         load_student(tmp_path)
 
+
 @pytest.mark.parametrize("status, code, says", [
-    (404, "RepoNotFound", "did you mean opt-1.3b"), (401, "GatedRepo", "accept its licence"),
+    (404, "RepoNotFound", "did you mean opt-1.3b"),
+    (401, "GatedRepo", "accept its licence"),
     (None, None, "could not fetch")])
 def test_what_the_hub_refuses_is_one_line_after_one_question(monkeypatch, status, code, says):
-    """Against a loopback server, or a port that nobody listens on;
-    transformers by itself would retry for half a minute."""
-    import http.server
-    import threading
+    """Against a loopback server, or (status None) a port that nobody listens on.
 
+    transformers by itself would retry for half a minute.
+    """
     asked = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -219,15 +277,16 @@ def test_what_the_hub_refuses_is_one_line_after_one_question(monkeypatch, status
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    port = server.server_port
+    url = f"http://127.0.0.1:{server.server_port}"
     if status is None:
         server.shutdown()
         server.server_close()
     monkeypatch.setattr(huggingface_hub, "hf_hub_url",
-                        lambda repo, file: f"http://127.0.0.1:{port}/{repo}/resolve/main/{file}")
+                        lambda repo, file: f"{url}/{repo}/resolve/main/{file}")
     with pytest.raises(UserError, match=says) as error:
         build_student("opt-1.3", 2, 8)
-    assert "\n" not in str(error.value) and len(asked) == (0 if status is None else 1)
+    assert "\n" not in str(error.value)
+    assert len(asked) == (0 if status is None else 1)
     if status:
         server.shutdown()
         server.server_close()
