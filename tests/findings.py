@@ -1,122 +1,262 @@
-"""What the README's "Does the teacher matter?" says beyond its tables, printed again.
+"""Tools that print the numbers of tests/RESULTS.md which no table of train.py or eval.py holds.
 
-    python -m tests.findings pictures        # how far the mean and a few directions describe the pictures
-    python -m tests.findings losses RUN      # where each arm's training losses ended, mean over seeds
-    python -m tests.findings majority DATA   # the share of each real task's most frequent dev label
-    python -m tests.findings costs DATA      # seconds for 1,000 texts: the painter, a CLIP of random weights
-    python -m tests.findings generations RUN # a generation run before and after training, and ten texts of it
-    python -m tests.findings bags DATA MODEL # how well token frequencies alone predict 30 Dolly answers' bags
-    python -m tests.findings tune            # the grid behind the defaults of `objects`; a quarter of an hour
+    python -m tests.findings painter         # tests/painter.png: what the painter draws
+    python -m tests.findings pictures        # how far a few directions describe the pictures
+    python -m tests.findings losses RUN      # where each arm's training losses ended
+    python -m tests.findings majority DATA   # the share of each real task's commonest dev label
+    python -m tests.findings costs DATA      # seconds for 1,000 texts: the painter, CLIP
+    python -m tests.findings generations RUN # scores before and after training, ten answers
+    python -m tests.findings bags DATA MODEL # how well frequencies alone predict answers' bags
+    python -m tests.findings tune            # the grid behind the defaults of `objects`: 15 min
+
+They are started by hand, and no test runs them. DATA is a --data-dir, RUN a folder of train.py.
 """
 import contextlib
 import io
 import json
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import transformers
 
-import student as student_module
 from data import TASKS, answer_bags, answer_vocabulary, bag_labels, load_task
 from losses import task_loss
 from teacher import build_teacher
 from train import Config, train
 
+# Rows of the training split, one for each way to ask; the answers are yes, yes, no, no.
+PICTURED = (6, 8, 27, 26)
+
+TUNING_SEEDS = (100, 101, 102, 103, 104)  # no table uses them
+TUNING_ARMS = (  # (arm, beta)
+    ("undistilled", 0.0),
+    ("armada", 5.0),
+    ("armada", 20.0),
+    ("armada", 50.0),
+)
+
+
+def objects_texts():
+    """The 120 training texts of `objects`, as a teacher gets them."""
+    task = TASKS["objects"]
+    examples = load_task("objects")["train"]
+    return [task.prompt(example) for example in examples]
+
+
+def painter():
+    """Draw tests/painter.png: four training questions below the painter's pictures of them."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    side, margin, caption = 192, 16, 44  # in screen pixels; a picture has 16 x 16 of its own
+    texts = objects_texts()
+    teacher = build_teacher("painter")
+
+    width = margin + len(PICTURED) * (side + margin)
+    height = margin + side + caption
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=15)
+
+    left = margin
+    for row in PICTURED:
+        # Without smoothing, so that one sees the 16 x 16 numbers that the aligner gets.
+        picture = teacher.picture(texts[row])
+        picture = picture.resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(picture, (left, margin))
+
+        frame = (left - 1, margin - 1, left + side, margin + side)
+        draw.rectangle(frame, outline="grey")
+        question = textwrap.fill(texts[row], width=26)
+        draw.text((left, margin + side + 4), question, fill="black", font=font)
+        left += side + margin
+
+    path = Path(__file__).with_name("painter.png")
+    sheet.quantize(64).save(path, optimize=True)  # 64 colours are enough for so few objects
+    print(f"wrote {path}, {path.stat().st_size:,} bytes")
+
+
 def pictures():
-    """Of the 120 training pictures at mean square 1: what guessing their mean leaves, and how the rest is
-    spread over directions, beside noise of the same mean and variance in each dimension."""
-    e = build_teacher("painter").encode([TASKS["objects"].prompt(x) for x in load_task("objects")["train"]])
+    """Print how well a few numbers describe the 120 training pictures, scaled to mean square 1.
+
+    The first line says what is left of them when their mean is guessed. The other two say how
+    the rest is spread over directions, beside noise of the same mean and variance in each
+    dimension: what lies in few directions can be learnt by heart.
+    """
+    e = build_teacher("painter").encode(objects_texts())  # (N, d_e)
     e /= np.sqrt((e**2).mean())
     centred = e - e.mean(0)
     noise = e.std(0) * np.random.default_rng(0).standard_normal(e.shape)
+    noise_centred = noise - noise.mean(0)
+
     print(f"manifold loss of guessing the mean picture: {(centred**2).mean():.2f}")
-    for name, x in (("pictures", centred), ("noise", noise - noise.mean(0))):
-        variance = np.linalg.svd(x, compute_uv=False) ** 2
-        print(f"share of 8 of {len(x)} directions in the variance of {name}: "
-              f"{100 * variance[:8].sum() / variance.sum():.0f} %")
+    for name, x in (("pictures", centred), ("noise", noise_centred)):
+        variance = np.linalg.svd(x, compute_uv=False) ** 2  # (N,), a direction each, falling
+        share = 100 * variance[:8].sum() / variance.sum()
+        print(f"share of 8 of {len(x)} directions in the variance of {name}: {share:.0f} %")
+
+
+def read_jsonl(path):
+    """The lines of a .jsonl file as dictionaries, in order."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
 
 def losses(run):
-    """Each term before its weight, mean over the last epoch."""
-    print(f"{'arm':<16} {'task':>7} {'output':>7} {'manifold':>9}   (task when guessing: 2 ln 2 = 1.39)")
-    for arm in json.loads((Path(run) / "config.json").read_text())["arms"]:
-        last = []
-        for log in Path(run).glob(f"{arm}/*/log.jsonl"):
-            lines = map(json.loads, log.read_text().splitlines())
-            last.append([line for line in lines if line.get("role") == "student"][-1])
-        task, output, manifold = (np.mean([line[name] for line in last])
-                                  for name in ("task", "output", "manifold"))
+    """Print each arm's terms of L_S before their weights, mean over last epoch and seeds."""
+    names = f"{'arm':<16} {'task':>7} {'output':>7} {'manifold':>9}"
+    print(f"{names}   (task when guessing: 2 ln 2 = 1.39)")
+    config = json.loads(Path(run, "config.json").read_text())
+    for arm in config["arms"]:
+        last = []  # the last line of each seed's student, which is its last epoch on `objects`
+        for path in Path(run).glob(f"{arm}/*/log.jsonl"):
+            lines = read_jsonl(path)
+            of_student = [line for line in lines if line.get("role") == "student"]
+            last.append(of_student[-1])
+        task = np.mean([line["task"] for line in last])
+        output = np.mean([line["output"] for line in last])
+        manifold = np.mean([line["manifold"] for line in last])
         print(f"{arm:<16} {task:>7.2f} {output:>7.2f} {manifold:>9.2f}")
 
+
 def majority(data_dir):
-    """What a student that always gives one answer gets."""
+    """Print what a student that always gives one answer gets on each real task."""
     for task in ("rte", "wic", "cb", "copa"):
-        labels = [example.label for example in load_task(task, data_dir)["dev"]]
-        print(f"{task:<5} {100 * np.bincount(labels).max() / len(labels):.1f} %")
+        examples = load_task(task, data_dir)["dev"]
+        counts = np.bincount([example.label for example in examples])
+        share = 100 * counts.max() / len(examples)
+        print(f"{task:<5} {share:.1f} %")
+
+
+def bert_config(initializer_range):
+    """A BertConfig whose initial weights have this standard deviation, whatever it is told."""
+    original = transformers.BertConfig
+
+    def make(**settings):
+        settings["initializer_range"] = initializer_range
+        return original(**settings)
+
+    return make
+
+
+def accuracies_on_test(arm, lr, beta):
+    """The `objects` test accuracy in % of each of TUNING_SEEDS, which no table of ours uses."""
+    silence = contextlib.redirect_stdout(io.StringIO())
+    with tempfile.TemporaryDirectory() as out, silence:
+        config = Config(
+            arms=(arm,), seeds=TUNING_SEEDS, lr=lr, beta=beta, eval_every=40, out=out
+        )
+        by_seed = train(config)[arm]
+    return [100 * metrics["test"]["accuracy"] for metrics in by_seed.values()]
+
 
 def tune():
-    """Accuracy on `test`, seeds 100 to 104, over initial weights, learning rate and beta."""
-    torch.set_num_threads(1)
-    original = transformers.BertConfig
+    """Print accuracies over initial weights, learning rate and beta: 48 lines, 240 cells."""
+    torch.set_num_threads(1)  # as the command line does for tiny
     for init in (0.02, 0.05, 0.1):
-        student_module.transformers.BertConfig = lambda init=init, **settings: original(
-            **{**settings, "initializer_range": init})
-        for lr in (1e-3, 2e-3, 4e-3, 8e-3):
-            for arm, beta in (("undistilled", 0.0), ("armada", 5.0), ("armada", 20.0), ("armada", 50.0)):
-                with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-                    cells = train(Config(arms=(arm,), seeds=(100, 101, 102, 103, 104), lr=lr, beta=beta,
-                                         eval_every=40, out=out))[arm].values()
-                scores = [100 * cell["test"]["accuracy"] for cell in cells]
-                print(f"init {init:<4} lr {lr:.0e} beta {beta:<4} {arm:<12} "
-                      f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}", flush=True)
+        with patch.object(transformers, "BertConfig", bert_config(init)):
+            for lr in (1e-3, 2e-3, 4e-3, 8e-3):
+                for arm, beta in TUNING_ARMS:
+                    values = accuracies_on_test(arm, lr, beta)
+                    setting = f"init {init:<4} lr {lr:.0e} beta {beta:<4} {arm:<12}"
+                    spread = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+                    print(setting, spread, flush=True)
+
 
 def costs(data_dir):
-    """Seconds for 1,000 RTE texts: the painter; a text model of CLIP ViT-L/14's shapes, random weights."""
-    texts = [TASKS["rte"].prompt(example) for example in load_task("rte", data_dir)["train"][:1000]]
+    """Print the seconds for 1,000 RTE texts of the painter, and of CLIP ViT-L/14's text side.
+
+    The CLIP has that model's shapes and random weights, which take as long as the real ones.
+    It is timed on one batch of 64 texts, all of them at the most tokens that it reads.
+    """
+    examples = load_task("rte", data_dir)["train"][:1000]
+    texts = [TASKS["rte"].prompt(example) for example in examples]
     began = time.perf_counter()
     build_teacher("painter").encode(texts)
-    print(f"painter {time.perf_counter() - began:.0f} s")
-    clip = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)).eval()
+    seconds = time.perf_counter() - began
+    print(f"painter {seconds:.0f} s")
+
+    config = transformers.CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+    )
+    clip = transformers.CLIPTextModelWithProjection(config).eval()
     began = time.perf_counter()
     with torch.no_grad():
-        clip(input_ids=torch.randint(0, 49_000, (64, 77)))  # all at the most tokens that it reads
-    print(f"clip {(time.perf_counter() - began) * 1000 / 64:.0f} s")
+        clip(input_ids=torch.randint(0, 49_000, (64, 77)))
+    seconds = (time.perf_counter() - began) * 1000 / 64
+    print(f"clip {seconds:.0f} s")
+
 
 def generations(run):
-    """Each arm's and seed's scores before and after training; ten generated texts of the first cell."""
+    """Print each cell's scores before and after training, and ten answers of the first cell."""
     cells = sorted(Path(run).glob("**/metrics.json"))
-    for cell in cells:
-        metrics, log = json.loads(cell.read_text()), (cell.parent / "log.jsonl").read_text()
-        untrained = json.loads(log.splitlines()[0])["dev"]
-        told = {"untrained dev": untrained, "dev": metrics["dev"], "test": metrics["test"]}
-        for when, scores in told.items():
+    for path in cells:
+        metrics = json.loads(path.read_text())
+        first_line = read_jsonl(path.with_name("log.jsonl"))[0]  # of epoch 0
+        moments = {
+            "untrained dev": first_line["dev"],
+            "dev": metrics["dev"],
+            "test": metrics["test"],
+        }
+        for moment, scores in moments.items():
             words = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-            print(f"{metrics['arm']} seed {metrics['seed']}, {when}: {words}")
-    for line in (cells[0].parent / "predictions_test.jsonl").read_text().splitlines()[:10]:
-        row = json.loads(line)
-        for name, text in (("prompt   ", row["instruction"]), ("reference", row["references"][0]),
-                           ("output   ", row["output"])):
-            print(name, " ".join(text.split())[:120])
+            print(f"{metrics['arm']} seed {metrics['seed']}, {moment}: {words}")
+
+    rows = read_jsonl(cells[0].with_name("predictions_test.jsonl"))
+    for row in rows[:10]:
+        print_start("prompt", row["instruction"])
+        print_start("reference", row["references"][0])
+        print_start("output", row["output"])
+
+
+def print_start(name, text):
+    """Print the first 120 characters of a text on one line, behind its name."""
+    one_line = " ".join(text.split())
+    print(f"{name:<9} {one_line[:120]}")
+
 
 def bags(data_dir, model):
-    """Cross entropy of the dev bags under the mean training bag, which knows nothing of a text."""
-    task, splits = TASKS["instruct/dolly"], load_task("instruct/dolly", data_dir)
+    """Print how well the mean training bag predicts 30 dev bags of Dolly, whatever their text.
+
+    The number is their cross entropy in nats, beside the log of the vocabulary's size. An
+    aligner whose own score is no lower has learnt how frequent tokens are, and no more.
+    """
+    task = TASKS["instruct/dolly"]
+    splits = load_task("instruct/dolly", data_dir)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    train, dev = (answer_bags(task, splits[split][:n], tokenizer)
-                  for split, n in (("train", 800), ("dev", 30)))
-    vocabulary = answer_vocabulary(train)
-    y, frequencies = bag_labels(dev, vocabulary), bag_labels(train, vocabulary).mean(0)  # (30, V_a), (V_a,)
+    train_bags = answer_bags(task, splits["train"][:800], tokenizer)
+    dev_bags = answer_bags(task, splits["dev"][:30], tokenizer)
+
+    vocabulary = answer_vocabulary(train_bags)
+    y = bag_labels(dev_bags, vocabulary)                      # (30, V_a)
+    frequencies = bag_labels(train_bags, vocabulary).mean(0)  # (V_a,)
     loss = task_loss(frequencies.log().expand_as(y), y)
-    print(f"{len(vocabulary)} tokens: log {np.log(len(vocabulary)):.2f}, frequencies {loss:.2f}")
+    size = len(vocabulary)
+    print(f"{size} tokens: log {np.log(size):.2f}, frequencies {loss:.2f}")
+
+
+COMMANDS = {
+    "painter": painter,
+    "pictures": pictures,
+    "losses": losses,
+    "majority": majority,
+    "costs": costs,
+    "generations": generations,
+    "bags": bags,
+    "tune": tune,
+}
+
 
 if __name__ == "__main__":
     try:
-        commands = {command.__name__: command for command in (
-            pictures, losses, majority, tune, costs, generations, bags)}
-        commands[sys.argv[1]](*sys.argv[2:])
+        command = COMMANDS[sys.argv[1]]
+        command(*sys.argv[2:])
     except (IndexError, KeyError, TypeError, FileNotFoundError):
-        sys.exit(__doc__)
+        sys.exit(__doc__)  # no such command, or not its arguments
