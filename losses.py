@@ -1,124 +1,183 @@
-"""All equations of ARMADA (arXiv 2603.10877), one function each. Tensors in, tensors out; nothing else.
+"""All equations of ARMADA (arXiv 2603.10877), one function each: tensors in, tensors out.
 
 Shapes: B batch, C labels, d shared projection space (the paper's "manifold").
     o_t, o_s   main logits of the TS Aligner (t, the teacher's side) and of the student (s)   (B, C)
     a_t, a_s   auxiliary logits, read off the projections                                     (B, C)
     p_t, p_s   projections into the shared space                                              (B, d)
 
-The kind of loss follows the tensors, not a flag: integer labels are classes; float labels with logits of
-width 1 are a regression; float labels of the logits' width are a distribution. Half precision is raised to
-float32 first, since a float16 square overflows beyond 256; float32 and float64 stay as they are.
+The kind of loss follows the tensors, not a flag: integer labels are classes; float labels with
+logits of width 1 are a regression; float labels of the logits' width are a distribution. Half
+precision is raised to float32 first, since a float16 square overflows beyond 256; float32 and
+float64 stay as they are.
 
-    total, parts = student_loss(out_s, out_t, y, alpha=.5, beta=1, gamma=1, temperature=5, kind="manifold")
+    total, parts = student_loss(out_s, out_t, y, alpha=.5, beta=1, gamma=1, temperature=5,
+                                kind="manifold")
 """
 import math
 
 import torch
 import torch.nn.functional as F
 
+# The kinds of L_manifold. Their twin is the choices of `--loss` in train.py (Config.loss), which
+# cannot import them from here: `--help` does not wait for torch. tests/test_train.py compares them.
 KINDS = ("euclidean", "cosine", "manifold")
+
+# The kinds whose micro-batches, weighted by their share of the batch, add up to the batch's value
+# exactly. The others compare batch means, and of a micro-batch its own mean.
+# tests/test_losses.py holds every kind to what is declared here.
+PER_EXAMPLE = ("manifold",)
+
 
 def _full(x):
     """Half precision -> float32; wider types unchanged."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return x.float()
+    return x
+
 
 def _mse(a, b):
-    """MSE(a, b) = mean (a - b)^2 over ALL elements: a sum over d would tie beta to the projection's width."""
+    """MSE(a, b) = mean (a - b)^2 over ALL elements: a sum over d would tie beta to its width."""
     if a.shape != b.shape:  # (B, 1) against (B, C) would broadcast without a word
-        raise ValueError(f"the teacher's {tuple(a.shape)} and the student's {tuple(b.shape)} differ")
+        raise ValueError(
+            f"the teacher's {tuple(a.shape)} and the student's {tuple(b.shape)} differ")
     return (a - b).square().mean()
 
+
 def task_loss(logits, labels):
-    """task(o, y) = CE(softmax(o), y) for classes and distributions; MSE(relu(o), y) for a regression.
-    logits (B, C); labels (B,) integers, or (B,) floats where C = 1, or (B, C) floats whose rows sum to 1.
-    Raises ValueError when the two do not fit together."""
+    """task(o, y) = CE(softmax(o), y) for classes and distributions; MSE(relu(o), y) for regression.
+    logits (B, C); labels (B,) integers, or (B,) floats where C = 1, or (B, C) floats whose rows sum
+    to 1. Raises ValueError when the two do not fit together."""
     logits = _full(logits)
-    if not labels.is_floating_point() and labels.shape == logits.shape[:1] and logits.size(-1) > 1:
+    width = logits.size(-1)
+    are_floats = labels.is_floating_point()
+    if not are_floats and labels.shape == logits.shape[:1] and width > 1:
         return F.cross_entropy(logits, labels)
-    if labels.is_floating_point() and logits.size(-1) == 1 and labels.numel() == logits.numel():
-        # STS-B's scores lie in [0, 5], hence the relu: flat below 0, so the bias starts at the mean label.
-        return _mse(labels.flatten().to(logits.dtype), F.relu(logits.flatten()))
-    if labels.is_floating_point() and labels.shape == logits.shape:
-        return F.cross_entropy(logits, labels.to(logits.dtype))  # - sum_c y_c log softmax(o)_c, mean over B
-    raise ValueError(f"logits {tuple(logits.shape)} and {labels.dtype} labels {tuple(labels.shape)} do not "
-                     "fit: want integers (B,) for C > 1, floats (B,) for C = 1, or a distribution (B, C)")
+    if are_floats and width == 1 and labels.numel() == logits.numel():
+        # STS-B's scores lie in [0, 5], hence the relu. It is flat below 0, so the bias starts at
+        # the mean label.
+        targets = labels.flatten().to(logits.dtype)  # (B,)
+        scores = F.relu(logits.flatten())            # (B,)
+        return _mse(targets, scores)
+    if are_floats and labels.shape == logits.shape:
+        # - sum_c y_c log softmax(o)_c, mean over B
+        return F.cross_entropy(logits, labels.to(logits.dtype))
+    raise ValueError(
+        f"logits {tuple(logits.shape)} and {labels.dtype} labels {tuple(labels.shape)} do not fit: "
+        "want integers (B,) for C > 1, floats (B,) for C = 1, or a distribution (B, C)")
+
 
 def output_loss(teacher_logits, student_logits, temperature):
-    """L_output of two heads = T^2 MSE(softmax(o_t/T), softmax(o_s/T)); MSE(relu o_t, relu o_s) for C = 1.
-    Logits (B, C); C = 1 is a regression. softmax(o / T) puts 1/T into the difference and into its derivative;
-    T^2 takes both out, and alpha means the same at every temperature: as T grows, the value tends to
-    MSE(o_t - mean_c o_t, o_s - mean_c o_s) / C^2."""
-    o_t, o_s = _full(teacher_logits), _full(student_logits)
+    """L_output of two heads = T^2 MSE(softmax(o_t/T), softmax(o_s/T)); for C = 1, a regression,
+    MSE(relu o_t, relu o_s). Logits (B, C). softmax(o / T) puts 1/T into the difference and into its
+    derivative; T^2 takes both out, and alpha means the same at every temperature: as T grows, the
+    value tends to MSE(o_t - mean_c o_t, o_s - mean_c o_s) / C^2."""
+    o_t = _full(teacher_logits)  # (B, C)
+    o_s = _full(student_logits)  # (B, C)
     if o_s.size(-1) == 1:
         return _mse(F.relu(o_t), F.relu(o_s))  # no T: a softmax over one logit is constant
-    return temperature**2 * _mse(F.softmax(o_t / temperature, -1), F.softmax(o_s / temperature, -1))
+    soft_t = F.softmax(o_t / temperature, -1)  # (B, C)
+    soft_s = F.softmax(o_s / temperature, -1)  # (B, C)
+    return temperature**2 * _mse(soft_t, soft_s)
+
 
 def output_kl(teacher_logits, student_logits, temperature):
-    """L_output of a generation task = T^2 KL(softmax(o_t/T) || softmax(o_s/T)), mean over the batch: ours.
-    Over an answer vocabulary of 1,000 tokens softmaxes are so small that the gradient of their MSE vanishes
-    (tests/test_losses.py shows by how much)."""
-    log_t, log_s = (F.log_softmax(_full(o) / temperature, -1) for o in (teacher_logits, student_logits))
-    return temperature**2 * F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
+    """L_output of a generation task = T^2 KL(softmax(o_t/T) || softmax(o_s/T)), mean over B: ours.
+    Over an answer vocabulary of 1,000 tokens softmaxes are so small that the gradient of their MSE
+    vanishes (tests/test_generate.py shows by how much). Logits (B, V_a)."""
+    log_t = F.log_softmax(_full(teacher_logits) / temperature, -1)  # (B, V_a)
+    log_s = F.log_softmax(_full(student_logits) / temperature, -1)  # (B, V_a)
+    divergence = F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
+    return temperature**2 * divergence
+
 
 def answer_losses(logits, tokens, counts, vocabulary):
-    """What a language model says of B answers, teacher-forced: (-mean_l log p(y_l | prefix), o_s).
-    o_s = log mean_l p(v | prefix_l) for the tokens v in V_a: the log of a bag of tokens, (B, V_a).
-    logits (N, V) and tokens (N,) of all the answers' positions one after another, counts [B] of each answer,
-    vocabulary (V_a,) token ids. The first result is (B,): long answers weigh no more than short ones."""
+    """LM(answer) = -mean_l log p(y_l | prefix_l), and o_s = log mean_l p(v | prefix_l), v in V_a.
+    Both are what a language model says of B answers, teacher-forced. The first is (B,): long
+    answers weigh no more than short ones. The second is the log of a bag of tokens, (B, V_a).
+    logits (N, V) and tokens (N,) of all the answers' positions one after another, counts [B] of
+    each answer, vocabulary (V_a,) token ids."""
     logits = _full(logits)
-    norm = logits.logsumexp(-1, keepdim=True)                        # (N, 1): a log_softmax would be (N, V)
-    surprise = (norm - logits.gather(1, tokens[:, None])).flatten()  # (N,)
-    bags = (logits[:, vocabulary] - norm).split(counts)              # B x (l, V_a)
-    # In logs: a p of 1e-40 would be 0 in float32, and its log would poison the sums.
-    o_s = torch.stack([bag.logsumexp(0) - math.log(len(bag)) for bag in bags])
-    return torch.stack([each.mean() for each in surprise.split(counts)]), o_s
+    norm = logits.logsumexp(-1, keepdim=True)         # (N, 1): a log_softmax would be (N, V)
+    token_logits = logits.gather(1, tokens[:, None])  # (N, 1)
+    surprise = (norm - token_logits).flatten()        # (N,)
+    log_p = logits[:, vocabulary] - norm              # (N, V_a)
+    bags = []
+    for answer_log_p in log_p.split(counts):          # (l, V_a)
+        # In logs: a p of 1e-40 would be 0 in float32, and its log would poison the sums.
+        bags.append(answer_log_p.logsumexp(0) - math.log(len(answer_log_p)))  # (V_a,)
+    o_s = torch.stack(bags)                           # (B, V_a)
+    cross_entropies = [answer.mean() for answer in surprise.split(counts)]
+    return torch.stack(cross_entropies), o_s          # (B,), (B, V_a)
+
 
 def manifold_loss(teacher_proj, student_proj, kind):
     """L_manifold = MSE(mean_b p_t, mean_b p_s) | 1 - cos(mean_b p_t, mean_b p_s) | MSE(p_t, p_s).
-    Projections (B, d); kind "euclidean" | "cosine" | "manifold", in this order. The first two compare batch
-    means, which permuting a batch's teacher rows does not change: they carry no pairing of text and picture.
-    By Jensen euclidean <= manifold (the paper's Prop. 1, though not strictly: both are 0 at p_t = p_s)."""
-    # DEVIATION: the authors' code silently takes any unknown name for the per-example loss; an error here.
+    Projections (B, d); kind "euclidean" | "cosine" | "manifold", in this order. The first two
+    compare batch means, which permuting a batch's teacher rows does not change: they carry no
+    pairing of text and picture. By Jensen euclidean <= manifold (the paper's Prop. 1, though not
+    strictly: both are 0 at p_t = p_s)."""
+    # DEVIATION: the authors' code silently takes any unknown name for the per-example loss; an
+    # error here.
     if kind not in KINDS:
         raise ValueError(f"unknown loss kind {kind!r}: choose one of {', '.join(KINDS)}")
-    p_t, p_s = _full(teacher_proj), _full(student_proj)
+    p_t = _full(teacher_proj)  # (B, d)
+    p_s = _full(student_proj)  # (B, d)
     if kind == "manifold":
         return _mse(p_t, p_s)
-    m_t, m_s = p_t.mean(0), p_s.mean(0)  # (d,), (d,)
+    m_t = p_t.mean(0)  # (d,)
+    m_s = p_s.mean(0)  # (d,)
     if kind == "euclidean":
         return _mse(m_t, m_s)
-    # DEVIATION: paper says the inner product of the means (Eq. 3), which growing p_s lowers without end; we
-    # normalise, as the authors' code does.
-    # A zero mean has no direction: value 1, gradient 0. An epsilon in the denominator would give the gradient
-    # 1 / epsilon, and a where() outside the quotient alone 0 * inf = nan: hence the inner where().
+    # DEVIATION: paper says the inner product of the means (Eq. 3), which growing p_s lowers without
+    # end; we normalise, as the authors' code does.
+    # A zero mean has no direction: value 1, gradient 0. An epsilon in the denominator would give
+    # the gradient 1 / epsilon, and a where() outside the quotient alone 0 * inf = nan: hence the
+    # inner where().
     norms = m_t.norm() * m_s.norm()
-    return 1 - torch.where(norms > 0, (m_t * m_s).sum() / torch.where(norms > 0, norms, 1), 0)
+    dot = (m_t * m_s).sum()
+    cosine = dot / torch.where(norms > 0, norms, 1)
+    return 1 - torch.where(norms > 0, cosine, 0)
+
 
 def aligner_loss(aligner_out, labels, gamma):
-    """L_A = task(o_t, y) + gamma task(a_t, y): the TS Aligner learns from the teacher's vector alone."""
-    return task_loss(aligner_out.logits, labels) + gamma * task_loss(aligner_out.aux_logits, labels)
+    """L_A = task(o_t, y) + gamma task(a_t, y): the TS Aligner learns from the vector alone."""
+    main = task_loss(aligner_out.logits, labels)
+    auxiliary = task_loss(aligner_out.aux_logits, labels)
+    return main + gamma * auxiliary
 
-def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind, output_factor=1,
-                 answer_loss=None):
+
+def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind,
+                 output_factor=1, answer_loss=None):
     """L_S = (1 - alpha) L_task + alpha L_output + beta L_manifold.
-    student_out, aligner_out: Outputs(logits (B, C), aux_logits (B, C), proj (B, d)). The aligner's are
-    detached, a student does not teach its teacher; aligner_out=None is "no teacher", whose two terms are 0.
-    output_factor multiplies the second term: 0 drops the soft labels and leaves the true ones at 1 - alpha.
-    answer_loss, of a generation task, is its language-model cross entropy: part of L_task, and brings the KL.
-    Returns (total, parts): parts maps task, output, manifold to 0-dim tensors, before their weights."""
-    o_s, a_s, p_s = student_out
+    student_out, aligner_out: Outputs(logits (B, C), aux_logits (B, C), proj (B, d)). The aligner's
+    are detached, a student does not teach its teacher; aligner_out=None is "no teacher", whose two
+    terms are 0. output_factor multiplies the second term: 0 drops the soft labels and leaves the
+    true ones at 1 - alpha. answer_loss, of a generation task, is its language-model cross entropy:
+    part of L_task, and brings the KL. Returns (total, parts): parts maps task, output, manifold to
+    0-dim tensors, before their weights."""
+    o_s = student_out.logits      # (B, C)
+    a_s = student_out.aux_logits  # (B, C)
     task = task_loss(o_s, labels) + gamma * task_loss(a_s, labels)
-    each_output = output_loss
+    head_loss = output_loss
     if answer_loss is not None:
-        task, each_output = task + answer_loss, output_kl
-    output = manifold = torch.zeros_like(task)
+        task = task + answer_loss
+        head_loss = output_kl
+    output = torch.zeros_like(task)
+    manifold = torch.zeros_like(task)
     if aligner_out is not None:
-        o_t, a_t, p_t = (x.detach() for x in aligner_out)
-        output = each_output(o_t, o_s, temperature) + gamma * each_output(a_t, a_s, temperature)
-        manifold = manifold_loss(p_t, p_s, kind)
+        o_t = aligner_out.logits.detach()      # (B, C)
+        a_t = aligner_out.aux_logits.detach()  # (B, C)
+        p_t = aligner_out.proj.detach()        # (B, d)
+        output = head_loss(o_t, o_s, temperature) + gamma * head_loss(a_t, a_s, temperature)
+        manifold = manifold_loss(p_t, student_out.proj, kind)
     total = (1 - alpha) * task + alpha * output_factor * output + beta * manifold
     return total, {"task": task, "output": output, "manifold": manifold}
 
+
 def predictions(logits):
-    """What a head answers (B,): the class with the largest logit; of width 1 the score, clipped to [0, 5]."""
-    return logits.argmax(-1) if logits.size(-1) > 1 else _full(logits).squeeze(-1).clamp(0, 5)
+    """What a head answers (B,) = argmax_c o_c, the class with the largest logit; of width 1 the
+    score, clipped to [0, 5]. logits (B, C)."""
+    if logits.size(-1) > 1:
+        return logits.argmax(-1)
+    scores = _full(logits).squeeze(-1)  # (B,)
+    return scores.clamp(0, 5)
