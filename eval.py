@@ -1,8 +1,12 @@
 """Metrics, evaluation of saved runs, and whether the teacher mattered.
 
     compute_metrics("mrpc", predictions, labels)  # {"accuracy": ..., "f1": ...}, fractions of 1
-    python eval.py runs/rte [--plot]              # the table, each arm against its controls, a verdict
-    python eval.py runs/rte/armada/0 runs/rte/undistilled/0   # two students, example by example (McNemar)
+    python eval.py runs/rte [--plot]              # the table, each arm against its controls
+    python eval.py runs/rte/armada/0 runs/rte/undistilled/0   # two students, example by example
+
+Shapes: N texts or predictions, d the space that student and teacher share, n seeds.
+Words: an arm is one way to train (armada, undistilled, ...); a control is an arm whose teacher
+cannot help; a cell is one arm with one seed and lives in the folder RUN/ARM/SEED.
 """
 import contextlib
 import json
@@ -10,426 +14,983 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from data import ANSWERS, Parser, UserError, encode, find_task, load_task, seed_of
 
-# ---- metrics -----------------------------------------------------------------------------------------------
-def _correlation(a, b):
-    """Pearson's r; 0 where a column is constant. Of two 0/1 columns it is Matthews' coefficient."""
-    constant = np.ptp(a) == 0 or np.ptp(b) == 0  # asked of the values: rounding leaves a - mean(a) off zero
-    return 0.0 if constant else np.corrcoef(a, b)[0, 1]
+NUMBER = ANSWERS[-1]  # the one family of answers that are compared by value, not by spelling
 
-def extract_answer(text, reference):
-    """What a generated text answers, of the reference's family: "answer2", "true", "b", "1234.5"; or None. In
-    the sentence after the last "answer is" it is the first word or letter, the last number ("is 3 + 4 = 7");
-    else the last in the text."""
-    # DEVIATION: LLM-Adapters takes the first letter or word anywhere, such as the A of "A man has ...".
-    like = next(like for like in ANSWERS if re.fullmatch(like, reference))
-    number = like == ANSWERS[-1]
-    like = like if number else rf"(?<![A-Za-z0-9]){like}(?![A-Za-z0-9])"  # whole words
-    sentence = re.split(r"\.\s|\n", text.rpartition("answer is")[2])[0] if "answer is" in text else ""
-    found = re.findall(like, sentence)[-1 if number else 0:][:1] or re.findall(like, text)[-1:]
-    return found[0].lower().replace(",", "") if found else None
 
-def rouge_l(output, reference):
-    """F1 of the longest common subsequence of words, c words long: 2 c / (words of both) (Lin 2004). Equal to
-    the package rouge-score without its stemmer."""
-    a, b = (re.findall("[a-z0-9]+", text.lower()) for text in (output, reference))
-    row = [0] * (len(b) + 1)  # c of the words of a so far and each beginning of b
-    for word in a:
-        above, row = row, [0]
-        for j, other in enumerate(b):
-            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
-    return 2 * row[-1] / max(1, len(a) + len(b))
-
-def generation_metrics(task, outputs, references):
-    """Of N texts and N tuples of references. accuracy: the extracted answer is right (a number to .001, as in
-    LLM-Adapters); answered: there is one. rouge_l_unstemmed, of the best reference, is ours; rouge_l that of
-    the package rouge-score with its stemmer, where it is installed."""
-    if "accuracy" in task.metrics:
-        found = [(extract_answer(text, answer), answer.lower().replace(",", ""))
-                 for text, (answer,) in zip(outputs, references)]
-        right = [said == answer or said is not None and bool(re.fullmatch(ANSWERS[-1], answer))
-                 and abs(float(said) - float(answer)) <= 1e-3 for said, answer in found]
-        answered = [said is not None for said, _ in found]
-        return {"accuracy": float(np.mean(right)), "answered": float(np.mean(answered))}
-    scorers = {}
-    with contextlib.suppress(ImportError):
-        from rouge_score.rouge_scorer import RougeScorer
-        stemmed = RougeScorer(["rougeL"], use_stemmer=True)
-        scorers["rouge_l"] = lambda text, reference: stemmed.score(reference, text)["rougeL"].fmeasure
-    scorers["rouge_l_unstemmed"] = rouge_l
-    return {name: float(np.mean([max(score(text, each) for each in several)
-                                 for text, several in zip(outputs, references)]))
-            for name, score in scorers.items()}
+# ---- metrics ----
 
 def compute_metrics(task_name, predictions, labels):
-    """{metric: float} of a registered task, from N class ids (scores; texts and tuples of references) each.
-    Undefined values are 0."""
+    """Compute the metrics of a registered task: {name: float}, fractions of 1 or correlations.
+
+    Both arguments hold N class ids or N scores. Where the task is to generate, predictions are N
+    texts and labels N tuples of reference texts. A value that is undefined, such as the
+    correlation with a constant, is 0. Raises ValueError for lists that do not match.
+    """
     task = find_task(task_name)
     if task.kind == "generate":
         return generation_metrics(task, predictions, labels)
-    p, y = np.asarray(predictions, float), np.asarray(labels, float)
+    p = np.asarray(predictions, float)  # (N,)
+    y = np.asarray(labels, float)       # (N,)
     if p.shape != y.shape or p.ndim != 1 or not len(p):
-        raise ValueError(f"predictions {p.shape} and labels {y.shape} must be two equal, non-empty lists")
-    classes = np.union1d(p, y) if len(task.labels) > 2 else [1]  # f1: mean over those seen, or that of "yes"
-    # 2 TP / (2 TP + FP + FN) of each class; 0 where it is neither predicted nor there.
-    f1 = [2 * ((p == c) & (y == c)).sum() / max(1, (p == c).sum() + (y == c).sum()) for c in classes]
-    # Ranks, doubled: how many are smaller plus how many are not larger, so that equal values share one.
-    ranks = (np.searchsorted(np.sort(v), v) + np.searchsorted(np.sort(v), v, "right") for v in (p, y))
-    values = {"accuracy": (p == y).mean(), "f1": np.mean(f1), "mcc": _correlation(p, y),
-              "pearson": _correlation(p, y), "spearman": _correlation(*ranks)}
+        raise ValueError(
+            f"predictions {p.shape} and labels {y.shape} must be two equal, non-empty lists")
+    # With two classes F1 is that of "yes"; with more it is the mean over the classes seen.
+    classes = [1]
+    if len(task.labels) > 2:
+        classes = np.union1d(p, y)
+    values = {
+        "accuracy": (p == y).mean(),
+        "f1": mean_f1(p, y, classes),
+        "mcc": correlation(p, y),  # Matthews' coefficient is Pearson's r of two 0/1 columns
+        "pearson": correlation(p, y),
+        "spearman": correlation(ranks(p), ranks(y)),
+    }
     return {name: float(values[name]) for name in task.metrics}
 
+
+def mean_f1(p, y, classes):
+    """F1 = 2 TP / (2 TP + FP + FN), averaged over classes; 0 for a class that is nowhere."""
+    scores = []
+    for c in classes:
+        hits = ((p == c) & (y == c)).sum()        # TP
+        named = (p == c).sum() + (y == c).sum()   # (TP + FP) + (TP + FN)
+        scores.append(2 * hits / max(1, named))
+    return np.mean(scores)
+
+
+def correlation(a, b):
+    """Compute Pearson's r of two columns (N,); 0 where one of them is constant."""
+    # Ask the values themselves: rounding can leave a - mean(a) of a constant column off zero.
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return np.corrcoef(a, b)[0, 1]
+
+
+def ranks(values):
+    """Rank N values from 1, the smallest, to N; equal values share the mean of their ranks.
+
+    The rule for ties, on 10, 20, 20, 30: one value is smaller than 20 and three are not larger,
+    so the two 20s take up the ranks 2 and 3, and each gets 2.5. Spearman's correlation is
+    Pearson's of such ranks; the shortcut with squared differences is wrong once there are ties.
+    """
+    ascending = np.sort(values)                                  # (N,)
+    smaller = np.searchsorted(ascending, values, "left")         # (N,), how many are < each
+    not_larger = np.searchsorted(ascending, values, "right")     # (N,), how many are <= each
+    first = smaller + 1
+    last = not_larger
+    return (first + last) / 2                                    # (N,)
+
+
+def generation_metrics(task, outputs, references):
+    """Score N generated texts against N tuples of reference texts: {name: float}."""
+    if "accuracy" in task.metrics:
+        return answer_metrics(outputs, references)
+    return rouge_metrics(outputs, references)
+
+
+def answer_metrics(outputs, references):
+    """Return how often the extracted answer is right and how often there is one ("answered")."""
+    right = []
+    answered = []
+    for output, (reference,) in zip(outputs, references):
+        answer = extract_answer(output, reference)
+        right.append(is_right(answer, reference))
+        answered.append(answer is not None)
+    return {"accuracy": float(np.mean(right)), "answered": float(np.mean(answered))}
+
+
+def is_right(answer, reference):
+    """Tell whether an extracted answer (or None) is right; a number to .001, as in LLM-Adapters."""
+    expected = normalise(reference)
+    if answer is None:
+        return False
+    if answer == expected:
+        return True
+    if not re.fullmatch(NUMBER, expected):
+        return False
+    return abs(float(answer) - float(expected)) <= 1e-3
+
+
+def extract_answer(text, reference):
+    """Return what a generated text answers, such as "answer2", "true", "b", "1234.5"; or None.
+
+    The reference tells what an answer looks like (data.ANSWERS). It is looked for in the sentence
+    after the last "answer is": there it is the first word or letter, but the last number, as in
+    "the answer is 3 + 4 = 7". Where that finds nothing, it is the last one in the whole text.
+    """
+    # DEVIATION: LLM-Adapters takes the first letter or word anywhere, such as the A of
+    # "A man has ...".
+    family = next(family for family in ANSWERS if re.fullmatch(family, reference))
+    pattern = family
+    if family != NUMBER:
+        pattern = rf"(?<![A-Za-z0-9]){family}(?![A-Za-z0-9])"  # whole words only
+
+    _, marker, rest = text.rpartition("answer is")
+    if marker:
+        sentence = re.split(r"\.\s|\n", rest)[0]  # the point in 3.5 does not end a sentence
+        in_sentence = re.findall(pattern, sentence)
+        if in_sentence and family == NUMBER:
+            return normalise(in_sentence[-1])
+        if in_sentence:
+            return normalise(in_sentence[0])
+    in_text = re.findall(pattern, text)
+    if in_text:
+        return normalise(in_text[-1])
+    return None
+
+
+def normalise(answer):
+    """Spell an answer so that equal ones are equal strings: in lower case, 1,234 as 1234."""
+    return answer.lower().replace(",", "")
+
+
+def rouge_metrics(outputs, references):
+    """Average ROUGE-L over the texts, each against the reference that it resembles most.
+
+    rouge_l_unstemmed is ours and always there. rouge_l, with which papers report, is that of the
+    package rouge-score with its stemmer, where it is installed (pip install rouge-score).
+    """
+    scorers = {}
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        pass
+    else:
+        package = RougeScorer(["rougeL"], use_stemmer=True)
+
+        def stemmed(text, reference):
+            return package.score(reference, text)["rougeL"].fmeasure
+
+        scorers["rouge_l"] = stemmed
+    scorers["rouge_l_unstemmed"] = rouge_l
+
+    values = {}
+    for name, scorer in scorers.items():
+        best = []
+        for text, alternatives in zip(outputs, references):
+            best.append(max(scorer(text, reference) for reference in alternatives))
+        values[name] = float(np.mean(best))
+    return values
+
+
+def rouge_l(output, reference):
+    """ROUGE-L = 2 c / (words of both texts), c words long being their longest common subsequence.
+
+    It is an F1 between 0 and 1, defined in Lin 2004 and equal to the package rouge-score without
+    its stemmer. The table of c is filled row by row, of which two are kept: time is the product of
+    the two lengths.
+    """
+    a = re.findall("[a-z0-9]+", output.lower())
+    b = re.findall("[a-z0-9]+", reference.lower())
+    row = [0] * (len(b) + 1)  # row[j] is c of the words of a read so far and the first j of b
+    for word in a:
+        above = row
+        row = [0]
+        for j, other in enumerate(b):
+            if word == other:
+                row.append(above[j] + 1)
+            else:
+                row.append(max(above[j + 1], row[j]))
+    return 2 * row[-1] / max(1, len(a) + len(b))
+
+
 def score(task, examples, answers):
-    """Metrics of a split; None where its labels are unknown (the official test sets)."""
-    known = examples[0].label is not None
-    return compute_metrics(task.name, answers, [example.label for example in examples]) if known else None
+    """Return the metrics of a split; None where labels are unknown (the official test sets)."""
+    labels = [example.label for example in examples]
+    if labels[0] is None:
+        return None
+    return compute_metrics(task.name, answers, labels)
 
-def write_predictions(folder, split, task, examples, answers):
-    """predictions_SPLIT: index<TAB>prediction for GLUE's server, {"idx", "label"} lines for SuperGLUE's; of
-    generated texts, lines with all that a person wants to read."""
-    if task.kind == "generate":
-        return (Path(folder) / f"predictions_{split}.jsonl").write_text("".join(json.dumps(
-            {"idx": each.idx, **each.fields, "references": each.label, "output": text}
-            | ({"answer": extract_answer(text, each.label[0])} if "accuracy" in task.metrics else {}),
-            ensure_ascii=False) + "\n" for each, text in zip(examples, answers)), encoding="utf-8")
-    spelled = {"wsc": str.capitalize, "copa": int}.get(task.name, str)  # WSC's is True, WiC's is true
-    rows = [(example.idx, spelled(task.labels[int(answer)]) if task.labels else f"{answer:.3f}")
-            for example, answer in zip(examples, answers)]
-    form = "jsonl" if ".jsonl:" in examples[0].where else "tsv"
-    lines = ([json.dumps({"idx": idx, "label": name}) for idx, name in rows] if form == "jsonl"
-             else ["index\tprediction", *(f"{idx}\t{name}" for idx, name in rows)])
-    (Path(folder) / f"predictions_{split}.{form}").write_text("\n".join(lines) + "\n")
 
-# ---- are the two spaces aligned? ---------------------------------------------------------------------------
+# ---- are the two spaces aligned? ----
+
 def retrieval_at_1(p_t, p_s):
-    """How often a text's p_s is nearer (in cosine) to its own picture's p_t than to any other; chance 1 / N.
-    Arrays (N, d). Equal pictures share the point. It wants both spaces in the SAME coordinates."""
-    unit_t, unit_s = (p / np.maximum(np.linalg.norm(p, axis=1, keepdims=True), 1e-30)
-                      for p in (p_t.astype(float), p_s.astype(float)))
-    similar = unit_s @ unit_t.T                                   # (N, N), text by picture
-    nearest = similar >= similar.max(axis=1, keepdims=True) - 1e-9
-    return float((nearest.diagonal() / nearest.sum(axis=1)).mean())
+    """Return how often a text's p_s is nearest to its own picture's p_t; pure chance is 1 / N.
+
+    Both are arrays (N, d) and near means a high cosine. Equal pictures share the point. It wants
+    both spaces in the SAME coordinates: a rotation of one of them, which linear_cka does not see,
+    destroys it.
+    """
+    similarity = unit_rows(p_s) @ unit_rows(p_t).T                # (N, N), text by picture
+    best = similarity.max(axis=1, keepdims=True)                  # (N, 1)
+    nearest = similarity >= best - 1e-9                           # (N, N), ties up to rounding
+    points = nearest.diagonal() / nearest.sum(axis=1)             # (N,)
+    return float(points.mean())
+
+
+def unit_rows(p):
+    """Scale each row to length 1; a row of zeros stays one, for it has no direction."""
+    p = p.astype(float)                                           # (N, d)
+    lengths = np.linalg.norm(p, axis=1, keepdims=True)            # (N, 1)
+    return p / np.maximum(lengths, 1e-30)                         # (N, d)
+
 
 def linear_cka(p_t, p_s):
-    """|X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms, X, Y the centred arrays (N, d): 0 to 1, constant: 0.
-    Blind to rotation and scale (Kornblith et al. 2019). Compare arms: it starts at 0 only if N >> d."""
-    x, y = (p - p.mean(axis=0, dtype=float) for p in (p_t, p_s))
-    k, m = x @ x.T, y @ y.T                                       # (N, N); <k, m> = |X^T Y|^2
-    return float((k * m).sum() / max(1e-300, np.linalg.norm(k) * np.linalg.norm(m)))
+    """CKA = |X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms, X and Y the centred arrays (N, d).
 
-# ---- statistics of n paired differences, one a seed --------------------------------------------------------
-def sign_flip_p(differences, draws=100_000):
-    """Two-sided p of "no difference", under which a seed's two arms may be swapped: a coin for each sign.
-    Exact over all 2^n signs up to n = 16, else Monte Carlo. n seeds cannot go below 2 / 2^n: 5 give .0625."""
-    d, n = np.asarray(differences, float), len(differences)
-    signs = (1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1) if n <= 16
-             else np.random.default_rng(0).choice([-1, 1], (draws, n)))
-    extreme = abs(signs @ d) >= abs(d.sum()) - 1e-12  # or rounding loses ties, even the identity
-    return float(extreme.mean() if n <= 16 else (1 + extreme.sum()) / (1 + draws))
+    It lies between 0 and 1, is 0 where one array is constant, and is blind to rotation and scale
+    (Kornblith et al. 2019). Use it to compare arms: of unrelated arrays it is near 0 only if
+    N >> d. It is computed from matrices (N, N), since <X X^T, Y Y^T> = |X^T Y|^2.
+    """
+    x = p_t - p_t.mean(axis=0, dtype=float)                       # (N, d)
+    y = p_s - p_s.mean(axis=0, dtype=float)                       # (N, d)
+    k = x @ x.T                                                   # (N, N)
+    m = y @ y.T                                                   # (N, N)
+    norms = np.linalg.norm(k) * np.linalg.norm(m)
+    return float((k * m).sum() / max(1e-300, norms))
 
-def bootstrap_interval(values, draws=10_000):
-    """95 % (low, high) around the mean by the studentised bootstrap; None for fewer than 5 values.
-    The better-known percentile interval knows no t and covers 88 % at n = 7 (tests/test_eval.py)."""
-    if len(values) < 5:
-        return None
-    x = np.round(np.asarray(values, float), 9)  # so that equal differences are equal to the last bit
-    again = np.random.default_rng(0).choice(x, (draws, len(x)))
-    again = again[np.ptp(again, axis=1) > 0]  # a resample of one value n times has no t
-    t = (again.mean(axis=1) - x.mean()) / again.std(axis=1, ddof=1)
-    high, low = np.quantile(t, [0.975, 0.025]) if len(t) else (0, 0)  # without any, all values are equal
-    return float(x.mean() - high * x.std(ddof=1)), float(x.mean() - low * x.std(ddof=1))
 
-def holm(ps):
-    """Holm's adjusted p, in the order given: each times how many are not smaller, never falling, up to 1."""
-    return [min(1.0, max(p * sum(q >= p for q in ps) for p in ps if p <= mine)) for mine in ps]
-
-def mcnemar(right_a, right_b):
-    """((both, only a, only b, neither) right, exact p) of two students on the same examples.
-    Only examples that one of the two gets right count: were both equally good, each would be a fair coin."""
-    a, b = np.asarray(right_a, bool), np.asarray(right_b, bool)
-    both, only_a, only_b, neither = (int(x.sum()) for x in (a & b, a & ~b, b & ~a, ~a & ~b))
-    n, less = only_a + only_b, min(only_a, only_b)
-    return (both, only_a, only_b, neither), min(1.0, 2 * sum(math.comb(n, k) for k in range(less + 1)) / 2**n)
-
-def paired(a, b):
-    """The difference of two arms {seed: score} over the seeds that both have; None if there is none."""
-    d = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-    return {"seeds": len(d), "difference": float(np.mean(d)), "interval": bootstrap_interval(d),
-            "p": sign_flip_p(d)} if d else None
+# ---- does the teacher matter? statistics of n paired differences, one a seed ----
 
 def compare(scores, controls, level=0.05):
-    """scores {arm: {seed: score}} -> {arm: {verdict, note, best_control, comparisons, to_armada}}.
-    BEATS: above EVERY control; WORSE: below the best. Holm corrects over an arm's controls (an equal arm gets
-    a verdict with probability `level` at most), nothing over the arms. A control meets "undistilled" only."""
-    found = {}
-    for arm, mine in scores.items():
-        others = [name for name in controls if name != arm and (arm not in controls or name == "undistilled")]
-        rows = {name: row for name in others if (row := paired(mine, scores[name]))}
-        if not rows:
+    """Compare each arm with the controls: {arm: {verdict, note, best_control, ...}}.
+
+    scores is {arm: {seed: score}}, controls a list of arms. A control itself is compared with
+    "undistilled" only, and "undistilled" with nothing. The verdict BEATS means above EVERY control,
+    WORSE means below the best one, at significance `level`. Holm's correction is over an arm's
+    controls, so an arm that equals them gets a verdict with probability `level` at most; nothing
+    corrects over the arms. "comparisons" holds the numbers, control by control, and "to_armada"
+    those of an ablation against armada, without a verdict.
+    """
+    answer = {}
+    for arm, by_seed in scores.items():
+        opponents = [name for name in controls if name != arm]
+        if arm in controls:
+            opponents = [name for name in opponents if name == "undistilled"]
+        comparisons = compare_with_each(by_seed, {name: scores[name] for name in opponents}, level)
+        if not comparisons:
             continue
-        for row, p in zip(rows.values(), holm([row["p"] for row in rows.values()])):
-            row["p_holm"] = p
-            row["verdict"] = "NO DIFFERENCE" if p > level else "BEATS" if row["difference"] > 0 else "WORSE"
-        best = min(rows, key=lambda name: rows[name]["difference"])
-        beats_all = all(row["verdict"] == "BEATS" for row in rows.values())
-        verdict = "BEATS" if beats_all else "WORSE" if rows[best]["verdict"] == "WORSE" else "NO DIFFERENCE"
-        # n seeds have no p below 2 / 2^n, which Holm multiplies by the number of controls.
-        n, need = min(row["seeds"] for row in rows.values()), math.ceil(math.log2(2 * len(rows) / level))
-        note = f"{n} seed{'s' * (n > 1)} cannot reach {100 * level:g} %, {need} can"
-        beside = paired(mine, {} if arm in [*controls, "armada"] else scores.get("armada", {}))
-        found[arm] = dict(verdict=verdict, best_control=best, comparisons=rows, to_armada=beside,
-                          note=note if verdict == "NO DIFFERENCE" and n < need else "")
-    return found
+        best = min(comparisons, key=lambda name: comparisons[name]["difference"])
+        verdict = joint_verdict(comparisons, best)
+        note = ""
+        if verdict == "NO DIFFERENCE":
+            note = note_on_too_few_seeds(comparisons, level)
+        to_armada = None
+        if arm != "armada" and arm not in controls:
+            to_armada = paired(by_seed, scores.get("armada", {}))
+        answer[arm] = {"verdict": verdict, "best_control": best, "comparisons": comparisons,
+                       "to_armada": to_armada, "note": note}
+    return answer
 
-def headline(task, cells):
-    """The metric that stands for a task: the first that all cells have (rouge_l needs a package)."""
-    scores = [cell[split] for cell in cells for split in ("dev", "test") if cell.get(split)]
-    return next(name for name in task.metrics if all(name in each for each in scores))
 
-def find_cells(runs):
-    """{ARM/SEED folder: its metrics.json, or {} where the saved student is not finished} at or below runs."""
-    cells = {}
-    for run in runs:
-        found = [folder for folder in sorted(Path(run).resolve().glob("**/")) if folder.name.isdigit() and
-                 any((folder / name).exists() for name in ("metrics.json", "last/student.json"))]
-        if not found:
-            raise UserError(f"{run} holds no saved run (ARM/SEED/): give a training's --out, or part of it")
-        for path in [folder / "metrics.json" for folder in found]:
-            try:
-                cells[path.parent] = json.loads(path.read_text()) if path.exists() else {}
-            except ValueError:
-                raise UserError(f"{path} is damaged: delete it and --resume the run") from None
-    return cells
+def compare_with_each(by_seed, opponents, level):
+    """Compare an arm {seed: score} with each of its opponents {control: {seed: score}}.
 
-def shard_list(items):
-    """Every N-th item, equally many in each process: the first ones stand in where they do not go round."""
-    from student import rank, world
-    n = -(-len(items) // world()) * world()
-    return [items[i % len(items)] for i in range(rank(), n, world())]
+    Returns {control: paired() with "p_holm", corrected for their number, and "verdict"}, without
+    those that share no seed with the arm.
+    """
+    comparisons = {}
+    for name, other in opponents.items():
+        comparison = paired(by_seed, other)
+        if comparison:
+            comparisons[name] = comparison
+    corrected = holm([comparison["p"] for comparison in comparisons.values()])
+    for comparison, p in zip(comparisons.values(), corrected):
+        comparison["p_holm"] = p
+        if p > level:
+            comparison["verdict"] = "NO DIFFERENCE"
+        elif comparison["difference"] > 0:
+            comparison["verdict"] = "BEATS"
+        else:
+            comparison["verdict"] = "WORSE"
+    return comparisons
 
-def gather_list(own, n):
-    """The n results, in order, of which each process computed its shard_list()."""
-    import torch.distributed as dist
-    from student import world
-    found = [own] * world()
-    if world() > 1:
-        dist.all_gather_object(found, own)
-    return [result for group in zip(*found) for result in group][:n]
 
-def score_student(student, task, examples, rows, *, split, seed, batch_size, autocast=contextlib.nullcontext,
-                  temperature=0.0, keep=0):
-    """(metrics, answers, p_s of the first `keep` texts) of a student on a split: examples and their encoded
-    rows. metrics are None for unknown labels. Of several processes each reads a part, and all get all."""
+def joint_verdict(comparisons, best):
+    """One word on all controls: BEATS asks for every one of them, WORSE for the best alone."""
+    if all(comparison["verdict"] == "BEATS" for comparison in comparisons.values()):
+        return "BEATS"
+    if comparisons[best]["verdict"] == "WORSE":
+        return "WORSE"
+    return "NO DIFFERENCE"
+
+
+def note_on_too_few_seeds(comparisons, level):
+    """Say so where no result whatsoever could have been significant; else return "".
+
+    n seeds have no p below 2 / 2^n (sign_flip_p), which Holm multiplies by the number c of
+    controls. From 2 c / 2^n <= level follows n >= log2(2 c / level).
+    """
+    seeds = min(comparison["seeds"] for comparison in comparisons.values())
+    needed = math.ceil(math.log2(2 * len(comparisons) / level))
+    if seeds >= needed:
+        return ""
+    plural = "s" if seeds > 1 else ""
+    return f"{seeds} seed{plural} cannot reach {100 * level:g} %, {needed} can"
+
+
+def paired(a, b):
+    """Describe the difference of two arms {seed: score} over the seeds that both have.
+
+    A seed decides on initial weights, batches and dropout in both arms, so pairing takes its luck
+    out. Returns {seeds, difference, interval, p}, or None where they share no seed.
+    """
+    shared = sorted(a.keys() & b.keys())
+    if not shared:
+        return None
+    differences = [a[seed] - b[seed] for seed in shared]
+    return {"seeds": len(differences), "difference": float(np.mean(differences)),
+            "interval": bootstrap_interval(differences), "p": sign_flip_p(differences)}
+
+
+def sign_flip_p(differences, draws=100_000):
+    """Two-sided p = the share of sign flips whose sum is as far from 0 as the sum observed.
+
+    Under "no difference" a seed's two arms may be swapped, which flips the sign of its difference:
+    a fair coin each. Exact over all 2^n flips up to n = 16, else by Monte Carlo. The p of n
+    seeds cannot go below 2 / 2^n: that of five is .0625 at best.
+    """
+    d = np.asarray(differences, float)                            # (n,)
+    n = len(d)
+    exact = n <= 16
+    if exact:
+        flip_numbers = np.arange(2**n)[:, None]                   # (2^n, 1)
+        bits = flip_numbers >> np.arange(n) & 1                   # (2^n, n), each number in binary
+        signs = 1 - 2 * bits                                      # (2^n, n), 1 or -1
+    else:
+        signs = np.random.default_rng(0).choice([-1, 1], (draws, n))  # (draws, n)
+    sums = signs @ d                                              # (2^n,) or (draws,)
+    # Without the tolerance rounding would lose ties, even the one with the signs as observed.
+    extreme = abs(sums) >= abs(d.sum()) - 1e-12
+    if exact:
+        return float(extreme.mean())
+    # The signs as observed count as one more draw, or p could be 0.
+    return float((1 + extreme.sum()) / (1 + draws))
+
+
+def bootstrap_interval(values, draws=10_000):
+    """Return the 95 % interval (low, high) of the mean; None for fewer than 5 values.
+
+    It is the studentised bootstrap: t = (mean* - mean) / sd*, where * marks a resample, shows how
+    far a mean strays in units of the standard deviation (each side's sqrt(n) cancels). The
+    better-known percentile interval knows no t and covers 88 % at n = 7 (tests/test_eval.py).
+    """
+    if len(values) < 5:
+        return None
+    x = np.round(np.asarray(values, float), 9)  # (n,), equal values are now equal to the last bit
+    resamples = np.random.default_rng(0).choice(x, (draws, len(x)))  # (draws, n)
+    varies = np.ptp(resamples, axis=1) > 0      # (draws,), one value n times has sd* = 0 and no t
+    resamples = resamples[varies]               # (at most draws, n)
+    if not len(resamples):                      # all values are equal
+        return float(x.mean()), float(x.mean())
+    t = (resamples.mean(axis=1) - x.mean()) / resamples.std(axis=1, ddof=1)
+    t_high, t_low = np.quantile(t, [0.975, 0.025])
+    # A mean that strays upwards, t_high, says that the true one may lie that far below: they swap.
+    low = x.mean() - t_high * x.std(ddof=1)
+    high = x.mean() - t_low * x.std(ddof=1)
+    return float(low), float(high)
+
+
+def holm(ps):
+    """Correct m p-values for their number, in the order given (Holm 1979).
+
+    The smallest is multiplied by m, the next by m - 1, and so on: by the number of hypotheses that
+    are still open. No corrected p is below that of a smaller one, and none is above 1.
+    """
+    adjusted = [0.0] * len(ps)
+    ascending = sorted(range(len(ps)), key=lambda i: ps[i])
+    largest = 0.0
+    for done, i in enumerate(ascending):
+        still_open = len(ps) - done
+        largest = max(largest, ps[i] * still_open)
+        adjusted[i] = min(1.0, largest)
+    return adjusted
+
+
+def mcnemar(right_a, right_b):
+    """Return ((both, only a, only b, neither) right, exact p) of two students on the same examples.
+
+    Only examples that one of the two alone gets right tell them apart: were both equally good,
+    each would be a fair coin (McNemar 1947). The arguments are lists of booleans.
+    """
+    a = np.asarray(right_a, bool)                                 # (N,)
+    b = np.asarray(right_b, bool)                                 # (N,)
+    both = int((a & b).sum())
+    only_a = int((a & ~b).sum())
+    only_b = int((~a & b).sum())
+    neither = int((~a & ~b).sum())
+    coins = only_a + only_b
+    fewer = min(only_a, only_b)
+    # p = 2 P(at most `fewer` heads of so many coins) = 2 sum_k C(coins, k) / 2^coins, up to 1
+    ways = sum(math.comb(coins, k) for k in range(fewer + 1))
+    return (both, only_a, only_b, neither), min(1.0, 2 * ways / 2**coins)
+
+
+# ---- the method ends here; below is bookkeeping ----
+
+# ---- scoring a student ----
+
+def score_student(student, task, examples, rows, *, split, seed, batch_size,
+                  autocast=contextlib.nullcontext, temperature=0.0, keep=0):
+    """Score a student on a split: (metrics, answers, p_s of the first `keep` texts, (d,) each).
+
+    rows are the examples after data.encode. Training and this module both score with this
+    function. Metrics are None where the labels are unknown. Of several processes each reads its
+    part, and all return the whole.
+    """
     import torch
+
     from student import world
-    n, keep = len(rows), min(len(rows), keep)
-    rows, size, keep_own, p_s = shard_list(rows), -(-batch_size // world()), -(-keep // world()), []
+    n = len(rows)
+    keep = min(n, keep)
+    own_rows = shard_list(rows)
+    own_batch = math.ceil(batch_size / world())
+    own_keep = math.ceil(keep / world())
     if student.generates:
         torch.manual_seed(seed_of(seed, "sample", split))
-        answers = student.generate(rows, size, autocast, temperature)
-    else:  # twice as many: no activations are kept for a backward pass
-        answers, p_s = student.answers(rows, 2 * size, autocast, keep_own)
-    answers = gather_list(answers, n)
-    scores = score(task, examples, answers)
-    if student.generates and split == "dev":  # a test file's may be wrong: some are another model's
-        losses, p_s = student.answers(rows, size, autocast, keep_own)
-        scores["loss"] = sum(gather_list(losses, n)) / n
-    return scores, answers, gather_list(p_s, keep)
+        own_answers = student.generate(own_rows, own_batch, autocast, temperature)
+        own_p_s = []
+    else:
+        # Twice as many at a time as in training: nothing is kept for a backward pass.
+        own_answers, own_p_s = student.answers(own_rows, 2 * own_batch, autocast, own_keep)
+    answers = gather_list(own_answers, n)
+    metrics = score(task, examples, answers)
+    # Of a test file no loss is reported: some hold outputs that another model wrote.
+    if student.generates and split == "dev":
+        own_losses, own_p_s = student.answers(own_rows, own_batch, autocast, own_keep)
+        metrics["loss"] = sum(gather_list(own_losses, n)) / n
+    return metrics, answers, gather_list(own_p_s, keep)
 
-def evaluate_cell(cell, metrics, data_dir, other_task=None):
-    """Score a cell's saved students again, into `metrics` and predictions_* -> who is right on dev. Given
-    another task, which is trained on the same files: on its test file alone, into predictions_TASK."""
-    import torch
-    from types import SimpleNamespace
 
-    from student import load_student, precision
-    config = json.loads((cell / "config.json").read_text())  # an earlier version had other fields
-    trained, task = find_task(config["task"]), find_task(other_task or config["task"])
-    if other_task and (not task.files or task.files != trained.files):
-        raise UserError(f"--task {task.name}: {cell} was trained on other files, those of {trained.name}")
+def shard_list(items):
+    """Deal out items: process r of N gets items r, r + N, r + 2 N, ...; each gets equally many.
+
+    The first items stand in where they do not go round, since each process must take part in as
+    many forward passes as the others.
+    """
+    from student import rank, world
+    share = math.ceil(len(items) / world())
+    dealt = range(rank(), share * world(), world())
+    return [items[i % len(items)] for i in dealt]
+
+
+def gather_list(own, n):
+    """Undo shard_list: return n results in order, of which each process computed its own."""
+    import torch.distributed as dist
+
+    from student import world
+    parts = [own] * world()
+    if world() > 1:
+        dist.all_gather_object(parts, own)
+    results = []
+    for one_of_each in zip(*parts):
+        results.extend(one_of_each)
+    return results[:n]  # what follows are the stand-ins
+
+
+def rescore_cell(cell, metrics, data_dir, other_task=None):
+    """Score a cell's saved students again, into `metrics` and predictions_*.
+
+    Returns a list of booleans: is a dev example answered right? Given another task, which must be
+    trained on the same files, score on that task's test file alone, into predictions_TASK; the
+    list is empty then.
+    """
+    config = json.loads((cell / "config.json").read_text())  # as the run wrote it
+    task = task_to_score(cell, config, other_task)
     print(f"scoring {cell}", file=sys.stderr)
-    amp = config["amp"] if config["amp"] != "fp16" or torch.cuda.is_available() else "off"  # as training had it
-    device, autocast, *_ = precision(SimpleNamespace(device="auto", amp=amp, fsdp=False))
-    splits = {split: examples if split == "train" else examples[:config["eval_limit"]] for split, examples in
-              load_task(task.name, data_dir or config["data_dir"], config["cache_dir"]).items()}
+    splits = load_task(task.name, data_dir or config["data_dir"], config["cache_dir"])
+    splits = {split: splits[split][:config["eval_limit"]] for split in splits if split != "train"}
     metrics.update(task=task.name, arm=config["arms"][0])
 
-    def scored(folder, split):
-        """(metrics, answers) of the student in a folder of the cell."""
-        student = load_student(cell / folder).to(device)
-        if torch.bfloat16 in autocast.args:
-            student.round_base()
-        rows, _ = encode(task, splits[split], student.tokenizer, config["max_length"], student.decoder,
-                         config.get("max_new_tokens"))
-        scores, answers, _ = score_student(
-            student, task, splits[split], rows, split=split, seed=config["seeds"][0], autocast=autocast,
-            batch_size=config["micro_batch"], temperature=config.get("sampling_temperature", 0.0))
-        return scores, answers
-
-    if other_task:  # dev is that of the same training file
-        metrics["test"], answers = scored("last", "test")
+    if other_task:  # its dev split is the run's own: both come from the same training file
+        metrics["test"], answers = score_saved(cell / "last", config, task, "test", splits["test"])
         write_predictions(cell, task.name.replace("/", "_"), task, splits["test"], answers)
         return []
-    if (cell / "best").exists():  # not in a run that was stopped before its first evaluation
-        metrics.setdefault("best", {})["dev"], _ = scored("best", "dev")
-    found = {}
-    for split in [split for split in splits if split != "train"]:
-        metrics[split], found[split] = scored("last", split)
-        write_predictions(cell, split, task, splits[split], found[split])
-    return [answer == example.label for answer, example in zip(found["dev"], splits["dev"])]
+
+    if (cell / "best").exists():  # it does not before a run's first evaluation
+        best, _ = score_saved(cell / "best", config, task, "dev", splits["dev"])
+        metrics.setdefault("best", {})["dev"] = best
+    right = []
+    for split, examples in splits.items():
+        metrics[split], answers = score_saved(cell / "last", config, task, split, examples)
+        write_predictions(cell, split, task, examples, answers)
+        if split == "dev":
+            right = [answer == example.label for answer, example in zip(answers, examples)]
+    return right
+
+
+def task_to_score(cell, config, other_task):
+    """Return the cell's own Task, or another one that was trained on the same files."""
+    trained = find_task(config["task"])
+    if not other_task:
+        return trained
+    task = find_task(other_task)
+    if not task.files or task.files != trained.files:
+        raise UserError(
+            f"--task {task.name}: {cell} was trained on other files, those of {trained.name}")
+    return task
+
+
+def score_saved(folder, config, task, split, examples):
+    """Score the student saved in a folder on one split: (metrics, answers).
+
+    It runs in the precision that training had, on whatever device there is.
+    """
+    import torch
+
+    from student import load_student, precision
+    amp = config["amp"]
+    if amp == "fp16" and not torch.cuda.is_available():
+        amp = "off"
+    device, autocast, *_ = precision(SimpleNamespace(device="auto", amp=amp, fsdp=False))
+    student = load_student(folder).to(device)
+    if torch.bfloat16 in autocast.args:
+        student.round_frozen_weights()
+    # Runs of an earlier version, which could not generate, lack what only generation reads.
+    rows, _ = encode(task, examples, student.tokenizer, config["max_length"], student.decoder,
+                     config.get("max_new_tokens"))
+    metrics, answers, _ = score_student(
+        student, task, examples, rows, split=split, seed=config["seeds"][0],
+        batch_size=config["micro_batch"], autocast=autocast,
+        temperature=config.get("sampling_temperature", 0.0))
+    return metrics, answers
+
+
+# ---- files of predictions ----
+
+def write_predictions(folder, split, task, examples, answers):
+    """Write FOLDER/predictions_SPLIT.tsv or .jsonl in the form of the task's official server."""
+    if task.kind == "generate":
+        form = "jsonl"
+        lines = generation_lines(task, examples, answers)
+    elif ".jsonl:" in examples[0].where:  # read from SuperGLUE's files, which are in JSON
+        form = "jsonl"
+        lines = superglue_lines(task, examples, answers)
+    else:
+        form = "tsv"
+        lines = glue_lines(task, examples, answers)
+    path = Path(folder) / f"predictions_{split}.{form}"
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def glue_lines(task, examples, answers):
+    """Return the lines of GLUE's form: a header, then index<TAB>prediction."""
+    lines = ["index\tprediction"]
+    for example, answer in zip(examples, answers):
+        lines.append(f"{example.idx}\t{spell(task, answer)}")
+    return lines
+
+
+def superglue_lines(task, examples, answers):
+    """Return the lines of SuperGLUE's form, {"idx": ..., "label": ...} each."""
+    lines = []
+    for example, answer in zip(examples, answers):
+        lines.append(json.dumps({"idx": example.idx, "label": spell(task, answer)}))
+    return lines
+
+
+def spell(task, answer):
+    """Spell a class id (or a score) as the official server does."""
+    if not task.labels:
+        return f"{answer:.3f}"
+    label = task.labels[int(answer)]
+    if task.name == "wsc":
+        return label.capitalize()  # WSC's server wants True, WiC's and BoolQ's want true
+    if task.name == "copa":
+        return int(label)
+    return label
+
+
+def generation_lines(task, examples, answers):
+    """Return lines in JSON with all that a person wants to read: no server asks for such texts."""
+    lines = []
+    for example, text in zip(examples, answers):
+        line = {"idx": example.idx, **example.fields, "references": example.label, "output": text}
+        if "accuracy" in task.metrics:
+            line["answer"] = extract_answer(text, example.label[0])
+        lines.append(json.dumps(line, ensure_ascii=False))
+    return lines
+
+
+# ---- cells on disk ----
+
+def find_cells(runs):
+    """Find the cells in or below some folders: {ARM/SEED folder: what its metrics.json holds}.
+
+    A cell whose student is saved but not finished has no metrics.json and gets {}. Raises
+    UserError for a folder without a cell and for a damaged file.
+    """
+    cells = {}
+    for run in runs:
+        folders = [folder for folder in sorted(Path(run).resolve().glob("**/")) if is_cell(folder)]
+        if not folders:
+            raise UserError(f"{run} holds no saved run (ARM/SEED/): "
+                            "give a training's --out, or part of it")
+        for folder in folders:
+            cells[folder] = read_metrics(folder / "metrics.json")
+    return cells
+
+
+def is_cell(folder):
+    """Tell a cell's folder: it is named by its seed and holds results or a checkpoint."""
+    finished = (folder / "metrics.json").exists()
+    saved = (folder / "last/student.json").exists()
+    return folder.name.isdigit() and (finished or saved)
+
+
+def read_metrics(path):
+    """Read a metrics.json; {} where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it and --resume the run") from None
+
 
 def by_run(cells):
-    """Yields (run folder, task, {arm: {seed: metrics}}), the arms in the training's order."""
+    """Yield (run folder, task, {arm: {seed: metrics}}) run by run, arms in the training's order.
+
+    Cells without metrics are left out.
+    """
     for run in dict.fromkeys(folder.parents[1] for folder in cells):
-        mine = sorted((int(path.name), path) for path in cells if cells[path] and path.parents[1] == run)
+        folders = [folder for folder in cells if folder.parents[1] == run and cells[folder]]
+        if not folders:
+            continue
+        folders.sort(key=lambda folder: (int(folder.name), folder))
+        arms = {}
         config = run / "config.json"
-        arms = {arm: {} for arm in json.loads(config.read_text())["arms"]} if config.exists() else {}
-        for seed, folder in mine:
-            arms.setdefault(cells[folder]["arm"], {})[seed] = cells[folder]
-        yield run, find_task(cells[folder]["task"]), {arm: seeds for arm, seeds in arms.items() if seeds}
+        if config.exists():
+            arms = {arm: {} for arm in json.loads(config.read_text())["arms"]}
+        for folder in folders:
+            metrics = cells[folder]
+            arms.setdefault(metrics["arm"], {})[int(folder.name)] = metrics
+        arms = {arm: seeds for arm, seeds in arms.items() if seeds}
+        yield run, find_task(cells[folders[-1]]["task"]), arms
 
-# ---- what a person reads -----------------------------------------------------------------------------------
-def aligned(rows):
-    """Rows of texts -> lines with the columns under one another."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
 
-def spread(cells, *keys):
-    """Mean and standard deviation in % of the fraction at [key][key] ... of those cells that have one."""
-    for key in keys:
-        cells = [cell[key] for cell in cells if cell.get(key) is not None]
-    values = 100 * np.array(cells)
-    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{deviation}" if len(values) else "-"
+def headline(task, arms):
+    """Return the metric that stands for a task: the first that all cells have.
+
+    (rouge_l needs a package, which may have been missing when a cell was scored.)
+    """
+    scores = []
+    for seeds in arms.values():
+        for cell in seeds.values():
+            scores += [cell[split] for split in ("dev", "test") if cell.get(split)]
+    return next(name for name in task.metrics if all(name in metrics for metrics in scores))
+
+
+# ---- what a person reads ----
 
 def report(cells, save=True):
-    """The text on {cell folder: metrics}, run by run; writes comparison.json into the folder of each run."""
+    """Return the text on {cell folder: metrics}, run by run: a table, then the verdicts.
+
+    Unless save is False, each run that is there as a whole gets a comparison.json.
+    """
     lines = []
     for run, task, arms in by_run(cells):
-        metric = headline(task, [cell for seeds in arms.values() for cell in seeds.values()])
-        scores, controls, split = {}, [], "dev"  # on which arms are compared
-        columns = {"last epoch": ("dev", metric), "best epoch*": ("best", "dev", metric),
-                   "aligner alone": ("aligner", metric), "retrieval@1": ("spaces", "retrieval@1"),
-                   "CKA": ("spaces", "cka")}
-        if task.kind == "generate":  # dev is part of a training file of several tasks; test is this one's
-            del columns["aligner alone"]  # which scores a bag of tokens
-            split, columns = "test", {"untrained": ("untrained", metric), **columns, "test": ("test", metric)}
-        rows = [("arm", "seeds", *columns, "gradient")]
-        for arm, seeds in arms.items():
-            norms = [cell["grad_norm"] for cell in seeds.values() if "grad_norm" in cell]
-            rows.append((arm, str(len(seeds)), *(spread(seeds.values(), *keys) for keys in columns.values()),
-                         f"{np.mean(norms):.2f}" if norms else "-"))
-            # Only finished cells are compared; one that was stopped on its way has no "control" to tell.
-            scores[arm] = {seed: cell[split][metric] for seed, cell in seeds.items() if "control" in cell}
-            controls += [arm] if any(cell.get("control") for cell in seeds.values()) else []
+        metric = headline(task, arms)
+        # Where a task generates, dev is part of a training file of several tasks, test its own.
+        split = "test" if task.kind == "generate" else "dev"
+        scores, controls = scores_to_compare(arms, split, metric)
         compared = compare(scores, controls)
-        lines += [f"{task.name}: dev {metric} in %, mean ± standard deviation over seeds", *aligned(rows),
-                  "* chosen on dev, so too good: compare arms by the last epoch", *verdicts(compared, split)]
-        if save and cells.keys() >= {path.parent for path in run.glob("*/*/metrics.json")}:  # of a whole run
-            answer = {arm: {"scores": by_seed, "interval": bootstrap_interval([*by_seed.values()]),
-                            **compared.get(arm, {})} for arm, by_seed in scores.items() if by_seed}
-            answer = {"task": task.name, "metric": metric, "arms": answer}
-            (run / "comparison.json").write_text(json.dumps(answer, indent=1))
+        lines.append(f"{task.name}: dev {metric} in %, mean ± standard deviation over seeds")
+        lines += table(task, metric, arms)
+        lines.append("* chosen on dev, so too good: compare arms by the last epoch")
+        lines += verdicts(compared, split)
+        finished = {path.parent for path in run.glob("*/*/metrics.json")}
+        if save and finished <= cells.keys():
+            write_comparison(run, task, metric, scores, compared)
     return "\n".join(lines)
 
-def verdicts(compared, split="dev"):
-    """The lines on compare()'s answer, an arm each."""
-    def words(row):
-        interval = " [{:+.1f}, {:+.1f}]".format(*100 * np.array(row["interval"])) if row["interval"] else ""
-        return f"{100 * row['difference']:+.1f}{interval}, p {row.get('p_holm', row['p']):.2g}"
 
+def table(task, metric, arms):
+    """Return the lines of a table, one an arm; a cell without a value counts in "seeds" only."""
+    columns = {  # heading -> where a cell keeps the value
+        "last epoch": ("dev", metric),
+        "best epoch*": ("best", "dev", metric),
+        "aligner alone": ("aligner", metric),
+        "retrieval@1": ("spaces", "retrieval@1"),
+        "CKA": ("spaces", "cka"),
+    }
+    if task.kind == "generate":
+        del columns["aligner alone"]  # it scores a bag of tokens, not an answer
+        columns = {"untrained": ("untrained", metric), **columns, "test": ("test", metric)}
+    rows = [("arm", "seeds", *columns, "gradient")]
+    for arm, seeds in arms.items():
+        values = [mean_and_deviation(seeds.values(), path) for path in columns.values()]
+        norms = [cell["grad_norm"] for cell in seeds.values() if "grad_norm" in cell]
+        gradient = f"{np.mean(norms):.2f}" if norms else "-"
+        rows.append((arm, str(len(seeds)), *values, gradient))
+    return align_columns(rows)
+
+
+def mean_and_deviation(cells, path):
+    """Spell mean and standard deviation in % of the fractions at cell[key][key]..., "-" for none.
+
+    path is (key, key, ...). Cells that lack the value, or hold None, are left out.
+    """
+    for key in path:
+        cells = [cell[key] for cell in cells if cell.get(key) is not None]
+    if not cells:
+        return "-"
+    values = 100 * np.array(cells)
+    if len(values) == 1:
+        return f"{np.mean(values):.1f}"
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
+def align_columns(rows):
+    """Turn rows of texts into lines with the columns under one another."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        padded = [text.ljust(width) for text, width in zip(row, widths)]
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def scores_to_compare(arms, split, metric):
+    """Return ({arm: {seed: score}}, [the arms that are controls]) for compare().
+
+    Only finished cells take part; one that was stopped on its way has no "control" to tell.
+    """
+    scores = {}
+    controls = []
+    for arm, seeds in arms.items():
+        finished = {seed: cell for seed, cell in seeds.items() if "control" in cell}
+        scores[arm] = {seed: cell[split][metric] for seed, cell in finished.items()}
+        if any(cell["control"] for cell in finished.values()):
+            controls.append(arm)
+    return scores, controls
+
+
+def write_comparison(run, task, metric, scores, compared):
+    """Write RUN/comparison.json: each arm's scores and what compare() found."""
+    arms = {}
+    for arm, by_seed in scores.items():
+        if by_seed:
+            interval = bootstrap_interval(list(by_seed.values()))
+            arms[arm] = {"scores": by_seed, "interval": interval, **compared.get(arm, {})}
+    answer = {"task": task.name, "metric": metric, "arms": arms}
+    (run / "comparison.json").write_text(json.dumps(answer, indent=1))
+
+
+def verdicts(compared, split="dev"):
+    """Return the lines on what compare() found: a heading, then a line for each arm."""
     if not compared:
-        return ["no verdict without a control: train with --arms undistilled,armada,shuffled --seeds 0,1 ..."]
+        return ["no verdict without a control: "
+                "train with --arms undistilled,armada,shuffled --seeds 0,1 ..."]
     rows = [("arm", "to undistilled", "to its best control", "to armada", "verdict")]
     for arm, answer in compared.items():
-        best, each, note = answer["best_control"], answer["comparisons"], answer["note"]
-        more = f" every control: {', '.join(each)}" if answer["verdict"] == "BEATS" else note and f" ({note})"
-        beside = [words(row) if row else "-" for row in (each.get("undistilled"), answer["to_armada"])]
-        rows.append((arm, beside[0], f"{words(each[best])} ({best})", beside[1], answer["verdict"] + more))
+        comparisons = answer["comparisons"]
+        best = answer["best_control"]
+        verdict = answer["verdict"]
+        if verdict == "BEATS":
+            verdict += f" every control: {', '.join(comparisons)}"
+        elif answer["note"]:
+            verdict += f" ({answer['note']})"
+        rows.append((arm, in_points(comparisons.get("undistilled")),
+                     f"{in_points(comparisons[best])} ({best})",
+                     in_points(answer["to_armada"]), verdict))
     where = "" if split == "dev" else f"on {split} "
-    return [f"differences {where}paired by seed, in points [95 % interval], p after Holm "
-            "(to armada: as it is)",
-            *aligned(rows)]
+    heading = (f"differences {where}paired by seed, in points [95 % interval], p after Holm "
+               "(to armada: as it is)")
+    return [heading, *align_columns(rows)]
 
-def plot(cells):
-    """Writes learning_curves.png, arms.png and, given two doses, dose_response.png into each run's folder."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
 
-    def mark(ax, x, values, colour):
-        """The seeds as faint dots, their mean with its interval where there is one."""
-        ax.plot([x] * len(values), values, ".", color="0.65")
-        ax.plot([x, x], bootstrap_interval(values) or [np.nan, np.nan], "_-", color="black", markersize=10)
-        ax.plot(x, np.mean(values), "o", color="black", markerfacecolor=colour)
+def in_points(comparison):
+    """Spell a paired() in percentage points, "+2.9 [+1.0, +4.8], p 0.031"; "-" for None."""
+    if comparison is None:
+        return "-"
+    interval = ""
+    if comparison["interval"]:
+        low, high = comparison["interval"]
+        interval = f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    p = comparison.get("p_holm", comparison["p"])
+    return f"{100 * comparison['difference']:+.1f}{interval}, p {p:.2g}"
 
-    labels = {"learning_curves": "epoch (mean over seeds)",
-              "arms": "dots are seeds, hollow circles controls, bars 95 % intervals of the mean",
-              "dose_response": "dose of the picture, RHO in painter:RHO; dots are seeds, bars 95 % intervals"}
-    for run, task, arms in by_run(cells):
-        axes = {name: Figure(figsize=(7, 4.5), layout="constrained").subplots() for name in labels}
-        (curves, dots, doses), mean_at = axes.values(), {}
-        metric = headline(task, [cell for seeds in arms.values() for cell in seeds.values()])
-        for i, (arm, seeds) in enumerate(arms.items()):
-            values, by_epoch = [100 * cell["dev"][metric] for cell in seeds.values()], {}
-            logs = "".join((run / arm / str(seed) / "log.jsonl").read_text() for seed in seeds)
-            for line in map(json.loads, logs.splitlines()):
-                if "dev" in line:
-                    by_epoch.setdefault(line["epoch"], []).append(100 * line["dev"][metric])
-            style = "osD^v<>PX*"[i % 10] + ("-", "--", ":", "-.")[i % 4]  # told apart in grey print too
-            curves.plot(by_epoch.keys(), [np.mean(seen) for seen in by_epoch.values()], style,
-                        color=str(0.75 * i / len(arms)), label=arm)
-            first = next(iter(seeds.values()))
-            mark(dots, i, values, "white" if first.get("control") else "black")
-            kind, _, rho = first.get("teacher", "").partition(":")
-            if kind == "painter" and (arm == "armada" or arm.startswith("dose-")):
-                mean_at[float(rho or 1)] = np.mean(values)
-                mark(doses, float(rho or 1), values, "black")
-            elif arm == "undistilled":
-                doses.legend([doses.axhline(np.mean(values), color="0.4", linestyle="--")], [arm])
-        doses.plot(*zip(*sorted(mean_at.items())), color="black")
-        dots.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
-        curves.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-        for name, ax in [*axes.items()][:3 if len(mean_at) > 1 else 2]:
-            ax.set(xlabel=labels[name], ylabel=f"{task.name}, dev {metric} (%)")
-            ax.figure.savefig(run / f"{name}.png", dpi=150)
-            print(f"wrote {run / name}.png")
 
 def agreement(cells, right):
-    """The text on two cells {folder: metrics}, given for each: is a dev example answered right?"""
-    task, other = (metrics["task"] for metrics in cells.values())
-    a, b = ("/".join(folder.parts[-3:]) for folder in cells)
-    if task != other or not find_task(task).labels:
-        raise UserError(f"{a} and {b}: example by example, give two cells of one classification task")
+    """Return the text on two cells {folder: metrics}, given for each who is right on dev.
+
+    Raises UserError unless both are of one classification task.
+    """
+    task, other_task = [metrics["task"] for metrics in cells.values()]
+    a, b = ["/".join(folder.parts[-3:]) for folder in cells]
+    if task != other_task or not find_task(task).labels:
+        raise UserError(
+            f"{a} and {b}: example by example, give two cells of one classification task")
     (both, only_a, only_b, neither), p = mcnemar(*right)
     return (f"{task}, {len(right[0])} dev examples: both right {both}, only {a} {only_a}, "
             f"only {b} {only_b}, both wrong {neither}; McNemar's exact p {p:.2g}")
 
+
+# ---- figures (matplotlib is optional) ----
+
+MARKERS = "osD^v<>PX*"
+LINES = ("-", "--", ":", "-.")
+
+
+def plot(cells):
+    """Draw learning_curves.png, arms.png and, given two doses, dose_response.png into each run.
+
+    Arms are told apart by markers, dashes and greys, so that a black-and-white print will do.
+    """
+    for run, task, arms in by_run(cells):
+        metric = headline(task, arms)
+        points = {}
+        for arm, seeds in arms.items():
+            points[arm] = [100 * cell["dev"][metric] for cell in seeds.values()]
+        figures = {
+            "learning_curves": draw_curves(learning_curves(run, arms, metric)),
+            "arms": draw_arms(points, controls_in(arms)),
+        }
+        doses = doses_in(arms)
+        if len(set(doses.values())) > 1:
+            figures["dose_response"] = draw_doses(points, doses)
+        for name, axes in figures.items():
+            axes.set_ylabel(f"{task.name}, dev {metric} (%)")
+            path = run / f"{name}.png"
+            axes.figure.savefig(path, dpi=150)
+            print(f"wrote {path}")
+
+
+def learning_curves(run, arms, metric):
+    """Read the logs: {arm: {epoch: mean over seeds of the dev metric in %}}."""
+    curves = {}
+    for arm, seeds in arms.items():
+        by_epoch = {}
+        for seed in seeds:
+            log = (run / arm / str(seed) / "log.jsonl").read_text()
+            for line in map(json.loads, log.splitlines()):
+                if "dev" in line:  # the others tell of training steps
+                    by_epoch.setdefault(line["epoch"], []).append(100 * line["dev"][metric])
+        curves[arm] = {epoch: np.mean(values) for epoch, values in by_epoch.items()}
+    return curves
+
+
+def controls_in(arms):
+    """Return the arms whose first cell says that it is a control."""
+    return [arm for arm, seeds in arms.items() if first_cell(seeds).get("control")]
+
+
+def doses_in(arms):
+    """Return {arm: RHO of its teacher painter:RHO} for armada and the arms dose-*.
+
+    RHO weighs the true picture against noise; plain painter is painter:1.
+    """
+    doses = {}
+    for arm, seeds in arms.items():
+        kind, _, rho = first_cell(seeds).get("teacher", "").partition(":")
+        if kind == "painter" and (arm == "armada" or arm.startswith("dose-")):
+            doses[arm] = float(rho or 1)
+    return doses
+
+
+def first_cell(seeds):
+    """Return one cell to speak for an arm, all of whose seeds have the same teacher."""
+    return next(iter(seeds.values()))
+
+
+def new_axes(xlabel):
+    """Return empty axes in a figure of their own; UserError where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    axes = Figure(figsize=(7, 4.5), layout="constrained").subplots()
+    axes.set_xlabel(xlabel)
+    return axes
+
+
+def draw_curves(curves):
+    """Draw {arm: {epoch: value}}, a line for each arm."""
+    axes = new_axes("epoch (mean over seeds)")
+    for i, (arm, by_epoch) in enumerate(curves.items()):
+        style = MARKERS[i % len(MARKERS)] + LINES[i % len(LINES)]
+        grey = str(0.75 * i / len(curves))  # from black, "0", to a light grey
+        axes.plot(by_epoch.keys(), by_epoch.values(), style, color=grey, label=arm)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return axes
+
+
+def draw_arms(points, controls):
+    """Draw {arm: [a value a seed]}, a column of dots for each arm."""
+    axes = new_axes("dots are seeds, hollow circles controls, bars 95 % intervals of the mean")
+    for i, (arm, values) in enumerate(points.items()):
+        fill = "white" if arm in controls else "black"
+        draw_column(axes, i, values, fill)
+    axes.set_xticks(range(len(points)), points.keys(), rotation=30, ha="right")
+    return axes
+
+
+def draw_doses(points, doses):
+    """Draw an arm's values at its dose, a line through the means, a dashed one for undistilled."""
+    axes = new_axes("dose of the picture, RHO in painter:RHO; dots are seeds, bars 95 % intervals")
+    mean_at = {}
+    for arm, values in points.items():
+        if arm in doses:
+            draw_column(axes, doses[arm], values, "black")
+            mean_at[doses[arm]] = np.mean(values)
+        elif arm == "undistilled":
+            level = axes.axhline(np.mean(values), color="0.4", linestyle="--")
+            axes.legend([level], [arm])
+    ascending = sorted(mean_at)
+    axes.plot(ascending, [mean_at[dose] for dose in ascending], color="black")
+    return axes
+
+
+def draw_column(axes, x, values, fill):
+    """Draw the seeds as faint dots at x, and their mean with its interval where there is one."""
+    axes.plot([x] * len(values), values, ".", color="0.65")
+    interval = bootstrap_interval(values)
+    if interval:
+        axes.plot([x, x], interval, "_-", color="black", markersize=10)
+    axes.plot(x, np.mean(values), "o", color="black", markerfacecolor=fill)
+
+
+# ---- the command line ----
+
 def main(argv=None):
-    parser = Parser(prog="eval.py", allow_abbrev=False, description="Compare arms, or two students.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="A run, part of it, or two ARM/SEED folders.")
-    parser.add_argument("--plot", action="store_true", help="Draw curves, arms and doses into RUN.")
-    parser.add_argument("--rescore", action="store_true", help="Score finished cells again too.")
-    parser.add_argument("--task", help="Score on the test file of this task, trained on the same files.")
-    parser.add_argument("--data-dir", help="Folder of the task files, where they have moved since.")
+    """Run the command line: status 2 and one line on stderr for what the user can mend."""
+    parser = Parser(prog="eval.py", allow_abbrev=False,
+                    description="Compare the arms of a run, or two students example by example.")
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="A run, a part of it, or two ARM/SEED folders.")
+    parser.add_argument("--plot", action="store_true",
+                        help="Draw learning curves, arms and doses into RUN (needs matplotlib).")
+    parser.add_argument("--rescore", action="store_true",
+                        help="Score the saved students of finished cells again too.")
+    parser.add_argument("--task",
+                        help="Score on the test file of this task, which shares its training file "
+                             "with the run's own.")
+    parser.add_argument("--data-dir",
+                        help="Folder of the task files; default: the one that training read.")
     args = parser.parse_args(argv)
     try:
-        cells = find_cells(args.runs)
-        pair = len(args.runs) == 2 and list(cells) == [Path(run).resolve() for run in args.runs]
-        if args.task and not (cells := {folder: metrics for folder, metrics in cells.items() if metrics}):
-            raise UserError("--task: no cell there is finished; go on with train.py --resume first")
-        right = [evaluate_cell(folder, metrics, args.data_dir, args.task) for folder, metrics in cells.items()
-                 if pair or args.rescore or args.task or not metrics]
-        print(agreement(cells, right) if pair else report(cells, save=not args.task))
-        if args.plot and not pair:
-            plot(cells)
+        evaluate(args)
     except (UserError, OSError) as error:  # OSError: a folder that cannot be written
         parser.exit(2, f"eval.py: error: {error}\n")
+
+
+def evaluate(args):
+    """Score what has to be scored, then print the agreement of two cells or the report on all."""
+    cells = find_cells(args.runs)
+    if args.task:
+        cells = {folder: metrics for folder, metrics in cells.items() if metrics}
+        if not cells:
+            raise UserError("--task: no cell there is finished; go on with train.py --resume first")
+    named = [Path(run).resolve() for run in args.runs]
+    is_pair = len(named) == 2 and list(cells) == named
+    right = []
+    for folder, metrics in cells.items():
+        if is_pair or args.rescore or args.task or not metrics:
+            right.append(rescore_cell(folder, metrics, args.data_dir, args.task))
+    if is_pair:
+        print(agreement(cells, right))
+        return
+    print(report(cells, save=not args.task))
+    if args.plot:
+        plot(cells)
+
 
 if __name__ == "__main__":
     main()
