@@ -35,11 +35,16 @@ def _full(x):
     return x
 
 
-def _mse(a, b):
-    """MSE(a, b) = mean (a - b)^2 over ALL elements: a sum over d would tie beta to its width."""
-    if a.shape != b.shape:  # (B, 1) against (B, C) would broadcast without a word
+def _check_shapes(a, b):
+    """Raise ValueError unless both sides are equally large: (B, 1) against (B, C) would broadcast."""
+    if a.shape != b.shape:
         raise ValueError(
             f"the teacher's {tuple(a.shape)} and the student's {tuple(b.shape)} differ")
+
+
+def _mse(a, b):
+    """MSE(a, b) = mean (a - b)^2 over ALL elements: a sum over d would tie beta to its width."""
+    _check_shapes(a, b)
     return (a - b).square().mean()
 
 
@@ -128,6 +133,7 @@ def manifold_loss(teacher_proj, student_proj, kind):
     m_s = p_s.mean(0)  # (d,)
     if kind == "euclidean":
         return _mse(m_t, m_s)
+    _check_shapes(m_t, m_s)
     # DEVIATION: paper says the inner product of the means (Eq. 3), which growing p_s lowers without
     # end; we normalise, as the authors' code does.
     # A zero mean has no direction: value 1, gradient 0. An epsilon in the denominator would give
