@@ -189,7 +189,7 @@ def test_a_server_that_knows_no_ranges_is_asked_from_the_start(mirror, packed, t
     part = tmp_path / "part"
     for whole in (False, True):
         try:
-            data._transfer(f"{os.environ['ARMADA_MIRROR']}/RTE.zip", part)
+            data.transfer(f"{os.environ['ARMADA_MIRROR']}/RTE.zip", part)
         except OSError:
             assert not whole
     assert part.read_bytes() == packed
