@@ -36,7 +36,7 @@ def _full(x):
 
 
 def _check_shapes(a, b):
-    """Raise ValueError unless both sides are equally large: (B, 1) against (B, C) would broadcast."""
+    """Raise ValueError where shapes differ: (B, 1) against (B, C) would broadcast silently."""
     if a.shape != b.shape:
         raise ValueError(
             f"the teacher's {tuple(a.shape)} and the student's {tuple(b.shape)} differ")

@@ -531,28 +531,35 @@ def load_pretrained(name, model_class=transformers.AutoModel, weights=True):
     source = check_available(name)
     generates = model_class is transformers.AutoModelForCausalLM
     with explain_loading(name):
-        config = transformers.AutoConfig.from_pretrained(**source)
-        if config.is_encoder_decoder or not hasattr(config, "hidden_size"):
-            raise UserError(f"{name} is a {config.model_type} model: give one like BERT or OPT")
-        if generates and not is_decoder(config):
-            raise UserError(f"{name} reads both ways, it cannot generate: "
-                            "give one like opt-125m or llama-7b")
+        config = load_config(name, generates)
         tokenizer = load_tokenizer(name, source)
         if generates:
             _check_generation(name, config, tokenizer)
         if not weights:
             return None, tokenizer
-        cut = {}
-        if name == "bert-6l":
-            cut = {"num_hidden_layers": 6}
         model, info = model_class.from_pretrained(
-            **source, **cut, dtype=torch.float32, output_loading_info=True)
+            **source, config=config, dtype=torch.float32, output_loading_info=True)
     missing = ", ".join(sorted(info["missing_keys"])[:3])
     if missing and generates:
         raise UserError(f"{name} is no {model_class.__name__}: it lacks {missing}")
     if missing:
         print(f"note: {name} lacks {missing}, which start at random")
     return model, tokenizer
+
+
+def load_config(name, generates):
+    """Load the transformers config of a short name, hub id or folder; its config.json is enough.
+    UserError if no student, or none that generates, can be made of such a model."""
+    with explain_loading(name):
+        config = transformers.AutoConfig.from_pretrained(**check_available(name))
+    if config.is_encoder_decoder or not hasattr(config, "hidden_size"):
+        raise UserError(f"{name} is a {config.model_type} model: give one like BERT or OPT")
+    if generates and not is_decoder(config):
+        raise UserError(f"{name} reads both ways, it cannot generate: "
+                        "give one like opt-125m or llama-7b")
+    if name == "bert-6l":
+        config.num_hidden_layers = 6
+    return config
 
 
 def _check_generation(name, config, tokenizer):

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from data import (CACHE, Parser, UserError, answer_bags, answer_vocabulary, bag_labels,
                   check_available, collate, encode, exit_with_message, find_task, known,
@@ -507,12 +508,13 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, OPTConfig
 
 import eval as evaluation
 from align import TSAligner
 from losses import PER_EXAMPLE, aligner_loss, predictions, student_loss, task_loss
-from student import build_student, load_pretrained, load_student, precision, rank, world
+from student import (Student, _tiny, build_student, is_decoder, load_config, load_pretrained,
+                     load_student, precision, rank, world)
 
 
 # ---- small pieces of the loop ----
@@ -1173,6 +1175,414 @@ def mean_gradient_norm(lines):
     return sum(line["grad_norm"] * line["steps"] for line in of_student) / steps
 
 
+# ---- --plan: what a run will take, told in advance ----
+GIB = 2**30
+CUDA_CONTEXT = 0.6 * GIB  # CUDA's context and kernels, which PyTorch does not count. Assumed.
+MEMORY_PARTS = {
+    "weights": "weights, aligner included",
+    "moments": "AdamW moments",
+    "gradients": "gradients",
+    "copies": "copies of weights in half precision",
+    "logits": "vocabulary logits",
+    "activations": "activations, keys and values",
+}
+
+
+def training_memory(config, student, aligner_size=0):
+    """Return {part: bytes} at the peak of a training step, every text being max_length tokens long.
+
+        peak = weights + moments + max(copies + logits + activations,
+                                       gradients + activations of one layer)
+
+    weights      4 bytes each; frozen ones 2 under bf16 (a LoRA's base is rounded).
+    moments      8 bytes for each trained weight: AdamW keeps two running means.
+    gradients    4 bytes for each trained weight.
+    copies       2 bytes for each float32 weight in half precision: autocast multiplies by these.
+    activations  Those of n + 1 layers, n being the model's: one more stands for the embeddings
+                 and for what the backward pass holds in hand. With checkpointing the inputs of
+                 n layers and the activations of one.
+    logits       16 bytes for each of N x V, where a student generates: N tokens of answers, V of
+                 the vocabulary. At once live the float32 logits, their exp and two gradients.
+
+    Why a maximum: the backward pass descends through the layers and turns the activations of each
+    into gradients, so memory changes along a straight line and peaks at one of its two ends. Only
+    the gradients of earlier micro-batches are there from the beginning.
+
+    config says micro_batch, max_length, amp and grad_checkpoint, none of them "auto"; student has
+    real shapes and no numbers (imagine_student); aligner_size counts the aligner's parameters. The
+    CUDA context comes on top. tests/test_plan.py compares all this with measurements.
+    """
+    rows = config.micro_batch
+    half = config.amp != "off"
+    trained = count_trained(student)
+    frozen = count_parameters(student) - trained
+    frozen_size = 2 if config.amp == "bf16" else 4
+    base_is_rounded = config.lora and config.amp == "bf16"
+    layers = student.lm.config.num_hidden_layers
+    one_layer = layer_activations(student.lm, rows, config.max_length, half, on_cuda(config))
+    kept = (layers + 1) * one_layer
+    if config.grad_checkpoint == "on":
+        # What passes from layer to layer is float32 even under autocast, unless the base is not.
+        input_size = 2 if base_is_rounded else 4
+        one_input = input_size * rows * config.max_length * student.lm.config.hidden_size
+        kept = layers * one_input + one_layer
+
+    always = {
+        "weights": 4 * (trained + aligner_size) + frozen_size * frozen,
+        "moments": 8 * (trained + aligner_size),
+    }
+    start = {"gradients": 0, "copies": 0, "logits": 0, "activations": kept}
+    if rows < config.batch_size:
+        start["gradients"] = 4 * trained
+    if half:
+        start["copies"] = 2 * trained
+        if frozen_size == 4:
+            start["copies"] += 2 * frozen
+    if student.generates:
+        answer_tokens = rows * config.max_new_tokens
+        start["logits"] = 16 * answer_tokens * student.lm.config.vocab_size
+    end = {"gradients": 4 * trained, "copies": 0, "logits": 0, "activations": one_layer}
+    return always | max(start, end, key=total_bytes)
+
+
+def layer_activations(lm, rows, length, half, cuda):
+    """Return the bytes of what one layer keeps of `rows` texts of `length` tokens to go backward.
+
+        rows * length * (26 h + 2 m f)    in half precision (half) on a GPU (cuda)
+        rows * length * (34 h + 4 m f)    in float32
+
+    h is the model's width, f the width inside its MLP. Half precision (float32 in brackets) keeps
+         6 h  the input, one copy each for queries, keys and values    [4 h, one for all three]
+         6 h  queries, keys and values                                 [12 h]
+         4 h  what the maps after the attention and into the MLP read  [8 h]
+         8 h  what two layer norms read, in float32 always             [8 h]
+         2 h  two dropout masks, a byte for each number; 4 on a CPU    [2 h; on a CPU 8 h]
+       2 m f  m numbers in the MLP: 1 with a ReLU, whose output tells its slope; 2 with a GELU,
+              input and output; 5 with a GELU that transformers writes out in Python; 4 with a
+              gate: its input and output, the other factor, the product  [4 m f]
+
+    So OPT with f = 4 h keeps 34 h, BERT 42 h. Korthikanti et al. 2022, "Reducing Activation
+    Recomputation in Large Transformer Models", count 34 h for a GELU and layer norms in half
+    precision, and the terms in L x L below. A fused attention has none: it makes its L x L weights
+    anew when it goes backward. A LoRA keeps about a fifth less: frozen maps need no inputs.
+    """
+    width = lm.config.hidden_size
+    mlp_width = first_setting(lm.config, ("intermediate_size", "ffn_dim"), 4 * width)
+    activation = first_setting(lm.config, ("hidden_act", "activation_function"), "gelu")
+    kept_in_mlp = {"relu": 1, "gelu_new": 5}.get(activation, 2)
+    if any("gate" in name.split(".")[-1] for name, _ in lm.named_modules()):
+        kept_in_mlp = 4
+    number = 2 if half else 4  # bytes
+    per_width = 26 if half else 34
+    if not cuda:
+        per_width += 6
+    tokens = rows * length
+    kept = tokens * (per_width * width + number * kept_in_mlp * mlp_width)
+
+    # Attention that is not fused keeps float32 weights, dropped-out weights and a mask. The CPU's
+    # fused kernel knows no dropout.
+    heads = first_setting(lm.config, ("num_attention_heads",), 1)
+    dropout = first_setting(
+        lm.config, ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"), 0)
+    if lm.config._attn_implementation == "eager" or (dropout and not cuda):
+        kept += tokens * heads * length * (4 + 2 * number)
+    # DeBERTa's attention weighs, in two ways, each token against every relative position from -k to
+    # k, and keeps these scores and a copy of the positions' keys for each text.
+    if getattr(lm.config, "relative_attention", False):
+        buckets = getattr(lm.config, "position_buckets", 0)
+        positions = 2 * (buckets if buckets > 0 else length)
+        ways = len(lm.config.pos_att_type or ())
+        kept += rows * ways * positions * number * (heads * length + width)
+    return kept
+
+
+def first_setting(lm_config, names, otherwise):
+    """Return the first of several spellings that a transformers config has."""
+    for name in names:
+        value = getattr(lm_config, name, None)
+        if value is not None:
+            return value
+    return otherwise
+
+
+def generating_memory(config, student, aligner_size=0):
+    """Return {part: bytes} at the peak of generating micro_batch answers, between two epochs.
+
+        peak = weights + moments + keys and values, 2 n d_kv numbers for each token of n layers
+    """
+    lm_config = student.lm.config
+    heads = first_setting(lm_config, ("num_attention_heads",), 1)
+    key_heads = first_setting(lm_config, ("num_key_value_heads",), heads)
+    key_width = lm_config.hidden_size // heads * key_heads
+    number = 4 if config.amp == "off" else 2  # bytes
+    tokens = config.micro_batch * config.max_length
+    kept = 2 * lm_config.num_hidden_layers * key_width * number * tokens
+    parts = training_memory(config, student, aligner_size)
+    return parts | {"gradients": 0, "copies": 0, "logits": 0, "activations": kept}
+
+
+def peak_memory(config, student, aligner_size=0):
+    """Return {part: bytes} of what takes the most: training or, if the student generates, that."""
+    try:
+        peaks = [training_memory(config, student, aligner_size)]
+        if student.generates:
+            peaks.append(generating_memory(config, student, aligner_size))
+    except Exception as error:  # of many kinds: a few families have a width for each layer, or none
+        raise UserError(f"{config.student}: --plan has no formula for the model type "
+                        f"{student.lm.config.model_type}: {error}") from None
+    return max(peaks, key=total_bytes)
+
+
+def total_bytes(parts):
+    return sum(parts.values())
+
+
+def on_cuda(config):
+    """Whether the run that is planned, perhaps for another machine, has a GPU."""
+    if config.device == "auto":
+        return config.student != "tiny"
+    return config.device.startswith("cuda")
+
+
+def imagine_student(config, lm_config, proj_dim):
+    """Return the Student of a run with real shapes and no numbers, on PyTorch's meta device."""
+    task = find_task(config.task)
+    generates = task.kind == "generate"
+    model_class = AutoModelForCausalLM if generates else AutoModel
+    vocabulary = ()
+    if generates:
+        vocabulary = range(min(1000, lm_config.vocab_size))  # V_a, which only the data could tell
+    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2, model_max_length=10**9)
+    with torch.device("meta"):
+        try:
+            lm = model_class.from_config(lm_config, dtype=torch.float32)
+        except Exception as error:  # of many kinds, as many as there are families
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{config.student}: transformers makes no {model_class.__name__} of "
+                            f"its config.json: {reason}") from None
+        student = Student(
+            lm, tokenizer, len(vocabulary) or max(1, len(task.labels)), proj_dim, lora=config.lora,
+            orthogonal=config.orthogonal_student, labels=task.labels, max_length=config.max_length,
+            vocabulary=vocabulary, max_new_tokens=config.max_new_tokens)
+    if config.max_length > student.max_tokens:
+        raise UserError(f"--max-length {config.max_length}: {config.student} reads at most "
+                        f"{student.max_tokens} tokens")
+    return student
+
+
+def resolve_auto(config, student):
+    """Return a copy of a Config with what `auto` becomes for a student: amp and grad_checkpoint."""
+    amp = config.amp
+    if amp == "auto":
+        amp = "bf16" if on_cuda(config) else "off"
+    is_checkpointed = wants_checkpointing(config, count_parameters(student.lm), on_cuda(config))
+    return replace(config, amp=amp, grad_checkpoint="on" if is_checkpointed else "off")
+
+
+# Students to fall back on, by their short names, the largest first.
+KNOWN_DECODERS = {
+    "opt-1.3b": OPTConfig(hidden_size=2048, num_hidden_layers=24, ffn_dim=8192,
+                          num_attention_heads=32, word_embed_proj_dim=2048),
+    "opt-125m": OPTConfig(),
+}
+KNOWN_ENCODERS = {"bert-base": BertConfig(), "bert-6l": BertConfig(num_hidden_layers=6)}
+
+
+def variants_to_try(config, lm_config, proj_dim):
+    """Yield (Config, its Student) of ever thriftier runs, the one that was asked for first.
+
+    They have checkpointing, then smaller micro-batches; the same with a LoRA; and all of this again
+    with each smaller student whose shapes are known.
+    """
+    students = [(config.student, lm_config)]
+    ranks = [config.lora]
+    if config.student != "tiny":  # it is the smallest, and takes no LoRA
+        known_students = KNOWN_DECODERS if is_decoder(lm_config) else KNOWN_ENCODERS
+        students += known_students.items()
+        ranks = [config.lora] if config.lora else [0, 8]
+    divisors = [n for n in range(config.micro_batch, 0, -1) if config.batch_size % n == 0]
+    asked = count_parameters(imagine_student(config, lm_config, proj_dim))
+    for name, shapes in students:
+        for lora in ranks:
+            variant = replace(config, student=name, lora=lora)
+            try:
+                student = imagine_student(variant, shapes, proj_dim)
+            except UserError:
+                continue  # it has no maps for a LoRA, or reads no texts as long
+            if shapes is not lm_config and count_parameters(student) > 0.9 * asked:
+                continue  # it is not smaller
+            yield variant, student
+            for rows in divisors:
+                yield replace(variant, grad_checkpoint="on", micro_batch=rows), student
+
+
+def flags_that_fit(config, lm_config, proj_dim, aligner_size):
+    """Return the first flags that make the run fit into --memory; "" for none, None for no way."""
+    context = CUDA_CONTEXT if on_cuda(config) else 0
+    for variant, student in variants_to_try(config, lm_config, proj_dim):
+        needed = total_bytes(peak_memory(variant, student, aligner_size)) + context
+        if needed <= config.memory * GIB:
+            changed = [name for name in ("student", "lora", "grad_checkpoint", "micro_batch")
+                       if getattr(variant, name) != getattr(config, name)]
+            return " ".join(f"--{name.replace('_', '-')} {getattr(variant, name)}"
+                            for name in changed)
+    return None
+
+
+def count_parameters(model):
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def count_trained(model):
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+
+
+def memory_table(config, student, aligner_size):
+    """Return lines of GiB by part, a column for each precision without and with checkpointing."""
+    columns = [("off", "off"), ("off", "on"), ("bf16", "off"), ("bf16", "on")]
+    peaks = []
+    for amp, checkpoint in columns:
+        variant = replace(config, amp=amp, grad_checkpoint=checkpoint)
+        peaks.append(peak_memory(variant, student, aligner_size))
+    titles = [amp + " ckpt" * (checkpoint == "on") for amp, checkpoint in columns]
+    lines = [" " * 38 + "".join(f"{title:>11}" for title in titles)]
+    for part, words in MEMORY_PARTS.items():
+        values = [parts[part] / GIB for parts in peaks]
+        if any(values):
+            lines.append(f"  {words:36}" + "".join(f"{value:11.3f}" for value in values))
+    context = 0
+    if on_cuda(config):
+        context = CUDA_CONTEXT
+        lines.append(f"  {'CUDA context (assumed)':36}" + f"{context / GIB:11.3f}" * len(columns))
+    sums = [(total_bytes(parts) + context) / GIB for parts in peaks]
+    lines.append(f"  {'total':36}" + "".join(f"{value:11.3f}" for value in sums))
+    return lines
+
+
+def examples_at_hand(config):
+    """Return {"train": [...], "dev": [...]} where a run would use no network; else None."""
+    task = find_task(config.task)
+    folder = Path(config.data_dir or Path(config.cache_dir, "data"))
+    if task.name != "objects" and not config.data_dir and not (folder / task.folder).is_dir():
+        return None
+    splits = load_task(task.name, str(folder))
+    return {"train": splits["train"][:config.limit], "dev": splits["dev"][:config.eval_limit]}
+
+
+def planned_rows(config, examples):
+    """Return ((train, dev) rows, whose numbers they are); None for rows that nobody knows."""
+    if examples:
+        return (len(examples["train"]), len(examples["dev"])), "its data"
+    official = find_task(config.task).rows
+    if not official:
+        return None, ""
+    train, dev = official
+    rows = min(train, config.limit or train), min(dev, config.eval_limit or dev)
+    return rows, "the official counts"
+
+
+def vectors_to_make(spec, rows):
+    """Return in words how many vectors a teacher is asked for; rows as in planned_rows."""
+    kind, _ = split_spec(spec)
+    if not kind.costly:
+        return "0 (this teacher costs nothing)"
+    if rows is None:
+        return "unknown: give --data-dir"
+    return f"at most {sum(rows):,}"
+
+
+def planned_width(config):
+    """Return (width of the teacher's vectors, what to say of it); --proj-dim may not exceed it."""
+    kind, argument = split_spec(config.teacher)
+    width = kind.planned_dim(argument, config.picture_encoder)
+    if width is None:
+        return max(1024, config.proj_dim or 0), ", width assumed"
+    if config.proj_dim and config.proj_dim > width:
+        raise UserError(f"--proj-dim {config.proj_dim} is over {config.teacher}'s {width}: "
+                        "give that or less")
+    return width, ""
+
+
+def student_shapes(config, examples):
+    """Return the transformers config of the student; that of "tiny" depends on the examples."""
+    task = find_task(config.task)
+    if config.student != "tiny":
+        return load_config(config.student, task.kind == "generate")
+    texts = [" ".join(f"word{i}" for i in range(10_000))]  # so many different words are assumed
+    if examples:
+        texts = [task.prompt(example) for example in examples["train"]]
+    with torch.device("meta"):
+        lm, _ = _tiny(texts)
+    return lm.config
+
+
+def plan(config, arms):
+    """Return the text that --plan prints, of a resolved Config and that of each of its arms.
+
+    No weights are loaded, no card is needed, nothing is written. UserError where the run itself
+    would raise one.
+    """
+    distilled = [arm for arm in arms if is_distilled(arm)]
+    config = (distilled or arms)[0]  # an arm with an aligner takes the most
+    examples = examples_at_hand(config)
+    teacher_width, assumed = planned_width(config)
+    proj_dim = config.proj_dim or teacher_width
+    lm_config = student_shapes(config, examples)
+    student = imagine_student(config, lm_config, proj_dim)
+    aligner_size = 0
+    if distilled:
+        with torch.device("meta"):
+            num_labels = student.settings["num_labels"]
+            aligner_size = count_parameters(TSAligner(teacher_width, num_labels, proj_dim=proj_dim))
+
+    lines = [
+        f"plan: {config.task}, student {config.student}, teacher {config.teacher}; "
+        "nothing loaded or written",
+        f"parameters: {count_parameters(student):,}, {count_trained(student):,} of them trained; "
+        f"aligner {aligner_size:,} (projection to {proj_dim} dimensions{assumed})",
+        f"batch: {config.micro_batch} rows at once, {config.max_length} tokens each"]
+    if student.generates:
+        lines[-1] += f", {config.max_new_tokens} of them an answer's; |V_a| = 1000 is assumed"
+    where = "the CPU"
+    if on_cuda(config):
+        where = "CUDA (fp16 takes what bf16 does, but does not round what a LoRA freezes)"
+    lines.append(f"peak memory in GiB, on {where}:")
+    lines += memory_table(config, student, aligner_size)
+    lines += plan_work(config, arms, distilled, examples)
+    if config.memory:
+        lines.append(plan_card(config, student, lm_config, proj_dim, aligner_size))
+    return "\n".join(lines)
+
+
+def plan_work(config, arms, distilled, examples):
+    """Return the plan's lines about steps and teacher vectors."""
+    rows, source = planned_rows(config, examples)
+    lines = ["steps: unknown without the data: give --data-dir"]
+    if rows:
+        steps = config.epochs * math.ceil(rows[0] / config.batch_size)
+        roles = "of the student and as many of the aligner" if distilled else "of the student"
+        lines = [f"steps: {steps:,} {roles}, for each arm and seed ({len(arms)} x "
+                 f"{len(config.seeds)} cells); {rows[0]:,} examples by {source}"]
+    for spec in dict.fromkeys(arm.teacher for arm in distilled):
+        lines.append(f"vectors to make of {spec}: {vectors_to_make(spec, rows)}")
+    if not distilled:
+        lines.append("vectors to make: 0 (no arm looks at a teacher)")
+    return lines
+
+
+def plan_card(config, student, lm_config, proj_dim, aligner_size):
+    """Return the plan's line about a card of --memory GiB: which flags to add, if any help."""
+    config = resolve_auto(config, student)
+    flags = flags_that_fit(config, lm_config, proj_dim, aligner_size)
+    advice = f"add {flags}"
+    if flags is None:
+        advice = "no flags make it fit"
+    elif not flags:
+        advice = "fits as it is"
+    return (f"a card of {config.memory:g} GiB (amp {config.amp}, checkpointing "
+            f"{config.grad_checkpoint}): {advice}")
+
+
 # ---- the grid and the command line ----
 def train(config):
     """Train every arm with every seed; return {arm: {seed: metrics}}. A finished cell is read, not
@@ -1294,7 +1704,8 @@ def main(argv=None, config=None):
         torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
     try:
         if config.plan:
-            print(plan(config))
+            arms = [replace(config, **ARMS[arm]) for arm in config.arms]
+            print(plan(config, arms))
             return
         init_processes(config)
         train_grid(config)
