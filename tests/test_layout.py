@@ -5,6 +5,7 @@ These tests read the modules as text (ast), so that a rule holds even for a line
 import ast
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,15 +113,27 @@ def test_losses_and_align_need_no_fence(module):
     assert FENCE not in source_of(module)
 
 
-def test_the_reading_path_is_one_sitting():
-    """losses.py and align.py whole, train.py and student.py down to their fences."""
-    lengths = {
+def reading_path():
+    """{module: lines}: losses.py and align.py whole, train.py and student.py down to the fence."""
+    return {
         "losses": len(source_of("losses").splitlines()),
         "align": len(source_of("align").splitlines()),
         "train": lines_to_fence("train"),
         "student": lines_to_fence("student"),
     }
-    assert sum(lengths.values()) <= 800, lengths
+
+
+def test_the_reading_path_is_one_sitting():
+    assert sum(reading_path().values()) <= 800, reading_path()
+
+
+def test_the_readme_counts_the_lines_of_the_reading_path():
+    """A number that drifts would be found out by the first reader."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = readme.index("In one sitting:")
+    sentence = readme[start:readme.index(FENCE, start)]
+    promised = re.findall(r"`(\w+)\.py` \((\d+)", sentence)
+    assert {module: int(lines) for module, lines in promised} == reading_path()
 
 
 @pytest.mark.parametrize("module", ALLOWED)
