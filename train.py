@@ -16,6 +16,7 @@ order and dropout, so that their differences are paired. The method ends at the 
 # been read.
 import argparse
 import gc
+import hashlib
 import json
 import math
 import os
@@ -23,7 +24,9 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -33,7 +36,7 @@ from types import SimpleNamespace
 
 from data import (CACHE, Parser, UserError, answer_bags, answer_vocabulary, bag_labels,
                   check_available, collate, encode, exit_with_message, find_task, known,
-                  length_grouped_batches, load_task, seed_of)
+                  length_grouped_batches, load_task, prepare_console, read_json, seed_of)
 from teacher import ENCODERS, TEACHERS, build_teacher, open_vectors, split_spec
 
 # An arm is one line of overrides. A claim is "armada beats every control, the best one included".
@@ -183,7 +186,7 @@ def run(cell):
             if is_due or interrupt.pressed:
                 cell.save("last")
             if interrupt.pressed:
-                raise KeyboardInterrupt
+                raise Stopped(interrupt.number)
             pending_logs = PendingLogs(cell)
     finish(cell)
 
@@ -310,7 +313,7 @@ class Config:
             self.task = find_task(self.task).name
         split_spec(self.teacher or "painter")  # these two know the names, and build nothing yet
         split_spec(self.picture_encoder or "pixels", ENCODERS, "--picture-encoder")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", self.device):
             raise UserError(f"--device {self.device}: choose auto, cpu, cuda, cuda:N or mps")
 
 
@@ -325,7 +328,7 @@ def parse_list(flag, value):
         value = str(value).split(",")
     items = tuple(str(item).strip() for item in value)
     typed = ",".join(items)
-    if flag == "--seeds" and not all(item.isdecimal() for item in items):
+    if flag == "--seeds" and not all(re.fullmatch("[0-9]{1,18}", item) for item in items):
         raise UserError(f"--seeds {typed}: give whole numbers: 0,1,2 (seeds from 0)")
     if not items or len(set(items)) < len(items):
         raise UserError(f"{flag} {typed}: name each once")
@@ -334,10 +337,15 @@ def parse_list(flag, value):
     return items
 
 
+LARGEST = 10**12  # of any number on the command line; the square of a larger one might overflow
+
+
 def check_limits(flag, value, limits):
     """Raise UserError unless a number is finite and within its option's limits."""
     low, high, above = limits["low"], limits["high"], limits["above"]
-    if math.isfinite(value) and low <= value <= high and value > above:
+    if LARGEST < value < math.inf:
+        raise UserError(f"{flag} {value:.3g} is too large: at most {LARGEST:.0e}")
+    if low <= value <= high and above < value < math.inf:  # nan is neither
         return
     wanted = f"above {above}" if above > low else f"at least {low}"
     if high < math.inf:
@@ -421,7 +429,7 @@ def check_generation(config):
 
 def check_processes(config):
     """Raise UserError where the flags do not suit how many processes torchrun started."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = number_from_torchrun("WORLD_SIZE", 1)
     if config.plan and (config.fsdp or processes > 1):
         raise UserError("--plan tells the memory of one process: without --fsdp and torchrun")
     if config.fsdp and "WORLD_SIZE" not in os.environ:
@@ -432,6 +440,16 @@ def check_processes(config):
                         "processes")
 
 
+def number_from_torchrun(name, otherwise=None):
+    """Return an environment variable that torchrun sets, as a number; UserError where it is
+    none."""
+    text = os.environ.get(name, otherwise)
+    if not re.fullmatch("[0-9]{1,9}", str(text)):
+        raise UserError(f"the environment has {name}={text}: unset WORLD_SIZE, or start several "
+                        "processes with torchrun")
+    return int(text)
+
+
 def resume_config(folder, typed):
     """Return the Config that a run (a grid or one cell) was started with; typed: {name: value} of
     the line.
@@ -440,12 +458,14 @@ def resume_config(folder, typed):
     spend, or how it is run, may differ: these flags are taken as typed.
     """
     folder = Path(folder)
+    wanted = Config(**typed)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--resume {folder}: no run there: give the --out of a training")
     try:
-        saved = Config(**json.loads((folder / "config.json").read_text()))
-        wanted = Config(**typed)
-    except (OSError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"--resume {folder}: no run there, or not one of this version "
-                        f"({error})") from None
+        saved = Config(**read_json(folder / "config.json"))
+    except (UserError, TypeError, AttributeError) as error:
+        raise UserError(f"--resume {folder}: its config.json is damaged, or not one of this "
+                        f"version ({error})") from None
     this_start = {"fsdp": False, "plan": False, "memory": None}
     for name in ("offline", "max_pictures", *this_start):
         if name in typed:
@@ -503,6 +523,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -622,34 +643,81 @@ def average_logs(pending_logs, facts, scaler):
     return means
 
 
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, by a signal whose number is args[0]."""
+
+
+# Ctrl-C; the time limit of a cluster or `docker stop`; a closed terminal; SLURM's early warning.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+                if hasattr(signal, name)]  # Windows has the first two
+
+
+@contextmanager
+def handle_stop_signals(handler):
+    """Let handler(number, frame) answer STOP_SIGNALS, but for those that are ignored (nohup's)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals in the main thread alone
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in STOP_SIGNALS:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+def stop_at_once(number, frame):
+    """Answer a signal while there is nothing to save."""
+    silence_a_closed_terminal(number)
+    raise Stopped(number)
+
+
 class Interrupt:
-    """Whether Ctrl-C was pressed: what interruptible() yields."""
-    pressed = False
+    """Whether the run was asked to stop: what interruptible() yields."""
+    def __init__(self):
+        self.number = None  # of the signal
+
+    @property
+    def pressed(self):
+        return self.number is not None
+
+    def press(self, number, frame):
+        """Answer a signal in the middle of a step, which is not cut in half; a second Ctrl-C is."""
+        if number == signal.SIGINT and self.pressed:
+            raise Stopped(number)
+        self.number = number
+        silence_a_closed_terminal(number)
+
+
+def silence_a_closed_terminal(number):
+    """After SIGHUP send what is printed nowhere: to write to a closed terminal is an error."""
+    if number != getattr(signal, "SIGHUP", None):
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 @contextmanager
 def interruptible():
-    """Yield an Interrupt that the first Ctrl-C marks, so that no step is cut in half; a second
-    stops at once.
+    """Yield an Interrupt that the first signal marks, so that the step is finished and saved.
 
-    In several processes, which are not at the same step, the first one stops at once too: go on
-    from the last checkpoint.
+    In several processes, which are not at the same step, the first one stops at once: go on from
+    the last checkpoint.
     """
     interrupt = Interrupt()
     if world() > 1:
         yield interrupt
         return
-    before = signal.getsignal(signal.SIGINT)
-
-    def press(*_):
-        interrupt.pressed = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, press)
-    try:
+    with handle_stop_signals(interrupt.press):
         yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # ---- several processes (torchrun) ----
@@ -665,11 +733,13 @@ def init_processes(config):
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
     if torch.cuda.is_available() and config.device in ("auto", "cuda"):
-        wanted = int(os.environ["LOCAL_WORLD_SIZE"])
+        wanted = number_from_torchrun("LOCAL_WORLD_SIZE")
         gpus = torch.cuda.device_count()
         if wanted > gpus:
             raise UserError(f"--nproc-per-node {wanted}: each process takes a GPU, here are {gpus}")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(number_from_torchrun("LOCAL_RANK"))
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        number_from_torchrun(name)
     dist.init_process_group(timeout=timedelta(days=7))  # the teacher may draw for as long
     if not is_first():
         sys.stdout = open(os.devnull, "w")
@@ -771,6 +841,31 @@ def write_json(path, content):
         new.write_text(json.dumps(content, indent=1))
 
 
+def checksum(folder):
+    """Return one number for the names and contents of all files of a folder but `checksum` itself.
+
+    A CRC finds every damage that chance makes, and costs less than reading the files from a disk.
+    """
+    total = 0
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and path.name != "checksum":
+            total = zlib.crc32(path.relative_to(folder).as_posix().encode(), total)
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    total = zlib.crc32(block, total)
+    return total
+
+
+def forget_training_state(last):
+    """Delete from a finished cell's last/ what only a resumed training needs: twice the student's
+    size.
+
+    A kill in between leaves the cell finished; the next start deletes the rest.
+    """
+    for name in ("training.json", "optimizers.safetensors", "checksum"):
+        (last / name).unlink(missing_ok=True)
+
+
 # ---- a run: its data, and the cells of its grid ----
 def is_distilled(config):
     """Whether a configuration looks at the teacher at all."""
@@ -862,6 +957,17 @@ class Data:
                 print(f"{split}: {shortened} of {len(examples)} texts had over {limit}: cut",
                       flush=True)
 
+    def fingerprint(self):
+        """Return {split: [number of examples, hash of their texts and labels]}."""
+        prints = {}
+        for split, examples in self.splits.items():
+            digest = hashlib.sha256()
+            for example in examples:
+                facts = (sorted(example.fields.items()), example.label, example.output)
+                digest.update(repr(facts).encode())
+            prints[split] = [len(examples), digest.hexdigest()]
+        return prints
+
     @cached_property
     def lengths(self):
         """How many tokens each training text has."""
@@ -907,6 +1013,16 @@ class Data:
         return lambda rows: torch.stack([draw(row) for row in rows])
 
 
+def whole_checkpoint(last):
+    """Return last/ where it holds all to go on, else None; UserError if it is damaged."""
+    if not (last / "training.json").exists():
+        return None
+    written = last / "checksum"
+    if not written.exists() or written.read_text() != str(checksum(last)):
+        raise UserError(f"{last} is damaged: delete it, and --resume begins this cell anew")
+    return last
+
+
 class Cell:
     """One arm with one seed: its models and optimizers, and where they stand in the run."""
     def __init__(self, config, data, folder):
@@ -943,7 +1059,7 @@ class Cell:
         if is_first():
             finish_write(self.folder / "best")
             finish_write(last)
-        return last if from_rank0((last / "training.json").exists) else None
+        return from_rank0(partial(whole_checkpoint, last))
 
     def build_student(self, checkpoint):
         """Make the student, whose first weights depend on the seed alone, or open a saved one."""
@@ -1053,6 +1169,9 @@ class Cell:
             e = torch.from_numpy(self.vectors["dev"](rows)).to(self.device)  # (n, d_e)
             outputs.append(self.aligner.eval()(e))
         logits = torch.cat([out.logits for out in outputs])                  # (N, C)
+        if not logits.isfinite().all():
+            raise UserError("the aligner's logits are not finite; nothing saved since the last "
+                            "evaluation. Lower --aligner-lr")
         if self.student.generates:
             scores = {"loss": task_loss(logits, self.data.dev_labels.to(logits)).item()}
         else:
@@ -1099,6 +1218,7 @@ class Cell:
                 write_json(new / "training.json", {
                     "done": self.done, "best": self.best, "seconds": self.seconds,
                     "lines": self.lines, "scaler": self.scalers["student"].state_dict()})
+                (new / "checksum").write_text(str(checksum(new)))
 
     def optimizer_moments(self):
         """Return {"ROLE NUMBER NAME": tensor}: the state of AdamW for each numbered parameter."""
@@ -1111,7 +1231,7 @@ class Cell:
 
     def load(self, last):
         """Stand where the checkpoint in folder `last` stands, whose student is open already."""
-        saved = json.loads((last / "training.json").read_text())
+        saved = read_json(last / "training.json")
         self.done = saved["done"]
         self.best = saved["best"]
         self.seconds = saved["seconds"]
@@ -1145,8 +1265,7 @@ def finish(cell):
         evaluation.write_predictions(
             cell.folder, split, cell.data.task, cell.data.splits[split], answers[split])
     write_json(cell.folder / "metrics.json", metrics)
-    for name in ("optimizers.safetensors", "training.json"):
-        (cell.folder / "last" / name).unlink()  # twice the student's size, and never needed again
+    forget_training_state(cell.folder / "last")
 
 
 def describe(cell):
@@ -1604,13 +1723,15 @@ def complete(config):
 
 def train_grid(config):
     """train() of a resolved Config, in processes that have met."""
-    # Of the first process alone: the others might already see what it is about to write.
-    config, is_new, todo = from_rank0(partial(begin, config))
+    config = from_rank0(partial(look, config))
     out = Path(config.out)
+    is_new = from_rank0(lambda: not out.exists())
+    lock = FileLock(out / "lock")  # one run, one writer
     try:
-        if todo:
+        if from_rank0(partial(unfinished, config)):
+            from_rank0(partial(begin, config, lock))
             data = load_data(config)
-        for seed, arm in todo:
+        for seed, arm in from_rank0(partial(unfinished, config)):
             folder = out / arm / str(seed)
             cell_config = replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
             if is_first():
@@ -1618,38 +1739,59 @@ def train_grid(config):
             run(Cell(cell_config, data, folder))
             gc.collect()  # DDP and FSDP hold a student in cycles: it would stay beside the next one
     except (UserError, OSError):
-        if is_new and is_first():
+        if is_new and is_first() and lock.is_locked:
             remove_if_not_begun(out)
         raise
-    return from_rank0(partial(read_metrics, config))
+    finally:
+        lock.release()
+    return from_rank0(partial(collect, config))
 
 
-def begin(config):
-    """Return (config, whether its folder is new, [(seed, arm)] still to train); write
-    OUT/config.json.
+def look(config):
+    """Return the Config to train; UserError for what can be told before anything is written.
 
-    UserError for what can be told before anything is loaded.
+    Of the first process alone: the others might already see what it is about to write.
     """
     out = Path(config.out)
-    is_new = not out.exists()
     if not config.resume and (out / "config.json").exists():
         raise UserError(f"--out {out} holds a run already: go on with --resume {out}, or give "
                         "another --out")
-    todo = []
+    if config.student != "tiny" and unfinished(config):
+        check_available(config.student)
+    return config
+
+
+def cell_folders(config):
+    """Return {(seed, arm): folder} of all cells of a run, in the order of training."""
+    folders = {}
     for seed in config.seeds:
         for arm in config.arms:
-            if not (out / arm / str(seed) / "metrics.json").exists():
-                todo.append((seed, arm))
-    if todo:
-        if config.student != "tiny":
-            check_available(config.student)
-        where = precision(config)[-1]
-        print(f"{config.task}: student {config.student}, teacher {config.teacher}, {where}, "
-              f"arms {','.join(config.arms)}, seeds {config.seeds}, writing {out}", flush=True)
-        warn_of_micro_batches(config)
-        if not config.resume:  # first, so that --resume can start what never began
-            write_json(out / "config.json", vars(config))
-    return config, is_new, todo
+            folders[seed, arm] = Path(config.out) / arm / str(seed)
+    return folders
+
+
+def unfinished(config):
+    """Return [(seed, arm)] of the cells still to train: those without a metrics.json."""
+    return [cell for cell, folder in cell_folders(config).items()
+            if not (folder / "metrics.json").exists()]
+
+
+def begin(config, lock):
+    """Lock the run's folder, say what is trained, and write OUT/config.json."""
+    out = Path(config.out)
+    where = precision(config)[-1]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{out} is being written by another process: wait for its end, or give "
+                        "another --out") from None
+    look(config)  # again: another process may have been here since
+    print(f"{config.task}: student {config.student}, teacher {config.teacher}, {where}, "
+          f"arms {','.join(config.arms)}, seeds {config.seeds}, writing {out}", flush=True)
+    warn_of_micro_batches(config)
+    if not config.resume:  # first, so that --resume can start what never began
+        write_json(out / "config.json", vars(config))
 
 
 def warn_of_micro_batches(config):
@@ -1669,26 +1811,48 @@ def load_data(config):
     def build():
         nonlocal data
         data = Data(config)  # It stays here: the other processes hear only that it is done.
+        check_unchanged(config, data)
 
     from_rank0(build)
     return data or Data(config)
 
 
+def check_unchanged(config, data):
+    """Raise UserError where a resumed run would go on with other data than it began with.
+
+    OUT/data.json keeps how many examples each split had, and a hash of their texts and labels.
+    """
+    path = Path(config.out) / "data.json"
+    now = data.fingerprint()
+    if not path.exists():
+        write_json(path, now)
+        return
+    before = read_json(path)
+    for split in before:
+        if now.get(split) == before[split]:
+            continue
+        rows_before = before[split][0]
+        rows_now = now[split][0] if split in now else 0
+        change = f"had {rows_before} rows, has {rows_now} now"
+        if rows_before == rows_now:
+            change = "has other texts or labels now"
+        raise UserError(f"--resume {config.out}: the data changed since the run began: {split} "
+                        f"{change}: bring the files back, or start another run")
+
+
 def remove_if_not_begun(out):
     """Delete the new folder of a run that stopped before its first cell began."""
     written = {path.name for path in out.rglob("*") if path.is_file()}
-    if written <= {"config.json"}:
+    if written <= {"config.json", "data.json", "lock"}:
         shutil.rmtree(out, ignore_errors=True)
 
 
-def read_metrics(config):
+def collect(config):
     """Return {arm: {seed: metrics}} of a finished run."""
-    metrics = {}
-    for arm in config.arms:
-        metrics[arm] = {}
-        for seed in config.seeds:
-            path = Path(config.out) / arm / str(seed) / "metrics.json"
-            metrics[arm][seed] = json.loads(path.read_text())
+    metrics = {arm: {} for arm in config.arms}
+    for (seed, arm), folder in cell_folders(config).items():
+        forget_training_state(folder / "last")  # what a kill may have left
+        metrics[arm][seed] = read_json(folder / "metrics.json")
     return metrics
 
 
@@ -1696,23 +1860,17 @@ def main(argv=None, config=None):
     """The command line: status 0; 2 and one line on stderr for what the user can mend; 130 after
     Ctrl-C.
 
-    config: what configure() has made of the command line already, where it has.
+    config: what configure() has made of the command line already, where it has. After another stop
+    signal the status is 128 and its number.
     """
+    prepare_console()
     if config is None:
         config = configure(argv)
     if config.student == "tiny":
         torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
     try:
-        if config.plan:
-            arms = [replace(config, **ARMS[arm]) for arm in config.arms]
-            print(plan(config, arms))
-            return
-        init_processes(config)
-        train_grid(config)
-        if is_first():
-            print(evaluation.report(evaluation.find_cells([config.out])))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        with handle_stop_signals(stop_at_once):
+            execute(config)
     except UserError as error:
         fail(error)
     except torch.OutOfMemoryError:
@@ -1721,10 +1879,26 @@ def main(argv=None, config=None):
     except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
         fail(f"{error}; if {config.out} was begun, it is whole: mend this and --resume "
              f"{config.out}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
         if is_first():
-            exit_with_message(130, f"\nstopped; go on with: python train.py --resume {config.out}")
-        sys.exit(130)
+            print(file=sys.stderr)  # after the ^C that the terminal shows
+            exit_with_message(status, f"stopped; go on with: python train.py --resume {config.out}")
+        sys.exit(status)
+
+
+def execute(config):
+    """Do what a resolved Config asks for: plan a run, or train it and print its table."""
+    if config.plan:
+        arms = [replace(config, **ARMS[arm]) for arm in config.arms]
+        print(plan(config, arms))
+        return
+    init_processes(config)
+    train_grid(config)
+    if is_first():
+        print(evaluation.report(evaluation.find_cells([config.out])))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -67,6 +67,16 @@ def refused(folder, monkeypatch, capsys):
     ("--amp fp32", "known: auto, off, bf16, fp16"),
     ("--amp fp16 --device cpu", "--amp fp16 needs a CUDA device: try --amp bf16 or off"),
     ("--grad-checkpoint yes", "known: auto, on, off"),
+    (f"--epochs 1{400 * '0'}", "is too large: at most 1e+12"),
+    (f"--epochs {5000 * '9'}", "argument --epochs: invalid int value"),
+    (f"--seeds {5000 * '9'}", "give whole numbers: 0,1,2"),
+    ("--seeds ²", "give whole numbers: 0,1,2"),
+    ("--temperature 1e300", "--temperature 1e+300 is too large: at most 1e+12"),
+    ("--lr 1e30", "--lr 1e+30 is too large"),
+    ("--memory 1e400 --plan", "--memory inf must be a number above 0"),
+    ("--device cuda:99999999999999999999", "choose auto, cpu, cuda, cuda:N or mps"),
+    ("--device cuda:-1", "choose auto, cpu, cuda, cuda:N or mps"),
+    ("--device cuda:²", "choose auto, cpu, cuda, cuda:N or mps"),
     ("--device gpu", "choose auto, cpu, cuda, cuda:N or mps"),
     ("--device cuda:77", "--device cuda:77: torch sees no such device here; try --device cpu"),
     ("--alpha 1.5", "--alpha 1.5 must be a number at least 0 and at most 1"),
@@ -99,6 +109,18 @@ def refused(folder, monkeypatch, capsys):
 ])
 def test_a_wrong_flag_is_one_line_before_any_load_or_fetch(refused, flags, says):
     assert says in refused(flags)
+
+@pytest.mark.parametrize("name, value", [
+    ("WORLD_SIZE", "two"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "-1"), ("RANK", "x"),
+    ("MASTER_PORT", "9" * 30)])
+def test_an_environment_that_torchrun_did_not_make_is_one_line(refused, monkeypatch, name, value):
+    for needed, number in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"),
+                           ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29999")):
+        monkeypatch.setenv(needed, number)
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)  # as other processes do
+    assert f"the environment has {name}={value}" in refused("--task rte --student tiny")
+
 
 def spoil(path, change):
     """change(text) -> the file's new text, or its new bytes."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -427,6 +428,83 @@ def test_ctrl_c_saves_at_the_next_step_and_the_resumed_run_ends_bit_identical(
     assert_identical(weights(tmp_path / "run/armada/0/last"), weights(whole / "last"))
     assert outcome(tmp_path / "run/armada/0") == outcome(whole)
 
+QUICK_FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_other_stop_signals_save_too_and_say_how_to_go_on(tmp_path, monkeypatch, capsys, name):
+    """A cluster's time limit, docker stop, a closed ssh: what they send is no reason to lose work."""
+    number = getattr(signal, name)
+    calls = []
+
+    def signalled(step, steps):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # some send it twice; only a second Ctrl-C is impatience
+        return lr_factor(step, steps)
+
+    monkeypatch.setattr(training, "lr_factor", signalled)
+    before = signal.getsignal(number)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        main([*QUICK_FLAGS, "--arms=armada", "--seeds=0", f"--out={out}"])
+    assert stop.value.code == 128 + number
+    assert f"python train.py --resume {out}" in capsys.readouterr().err
+    assert json.loads((out / "armada/0/last/training.json").read_text())["done"] == 4
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    def pressed_twice(step, steps):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the step went on")
+
+    monkeypatch.setattr(training, "lr_factor", pressed_twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(cell_of(tmp_path))
+    assert not (tmp_path / "last").exists()
+
+
+def test_a_signal_before_the_first_step_tells_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "Data", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        main([*QUICK_FLAGS, "--arms=armada", "--seeds=0", f"--out={tmp_path / 'run'}"])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with training.interruptible() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.pressed
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="opens a terminal of its own")
+def test_a_closed_terminal_loses_nothing(tmp_path):
+    """After SIGHUP every write to the terminal is an error, of the progress bar's too."""
+    import pty
+
+    out = tmp_path / "run"
+    flags = ["--arms=armada", "--seeds=0", "--epochs=400", "--eval-every=400", f"--out={out}"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *flags])
+    log = out / "armada/0/log.jsonl"
+    deadline = time.time() + 60
+    while not (log.exists() and log.read_text()) and time.time() < deadline:
+        os.read(terminal, 10_000)  # else the child waits for room to write
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert json.loads((out / "armada/0/last/training.json").read_text())["done"] > 0
+
+
 def test_a_process_killed_by_the_system_is_resumed_from_its_last_checkpoint(tmp_path, whole):
     """SIGKILL, which no handler sees, as soon as there is a checkpoint."""
     command = [sys.executable, str(ROOT / "train.py"), f"--out={tmp_path / 'run'}", "--arms=armada",
@@ -462,6 +540,106 @@ def test_an_atomic_write_leaves_one_whole_folder_wherever_it_is_killed(tmp_path)
     assert [(file.name, file.read_text()) for file in folder.iterdir()] == [("a", "1")]
     replace("2")
     assert (folder / "a").read_text() == "2" and sorted(p.name for p in tmp_path.iterdir()) == ["last"]
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run that was stopped after its first epoch, and the flags that go on with it."""
+    out = tmp_path / "stopped"
+
+    def stop_in_epoch_2(step, steps):
+        if (out / "armada/0/last").exists():
+            raise KeyboardInterrupt
+        return lr_factor(step, steps)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "lr_factor", stop_in_epoch_2)
+        with pytest.raises(KeyboardInterrupt):
+            train(Config(**QUICK, arms="armada", seeds="0", out=str(out)))
+    return out
+
+
+def test_damage_to_any_file_of_a_checkpoint_is_one_line(stopped):
+    """A flipped bit of the moments would only train another student; of a shape, end in a crash."""
+    last = stopped / "armada/0/last"
+    files = [path for path in last.rglob("*") if path.is_file()]
+    assert {"model.safetensors", "optimizers.safetensors", "training.json", "checksum",
+            "aligner.safetensors"} <= {path.name for path in files}
+    for path in files:
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        flipped = bytes([whole[middle] ^ 1])
+        for damaged in (whole[:middle] + flipped + whole[middle + 1:], whole[:-1], b""):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match="last is damaged: delete it"):
+                train(Config(resume=str(stopped)))
+        path.write_bytes(whole)
+    (last / "config.json").unlink()
+    with pytest.raises(UserError, match="last is damaged"):
+        train(Config(resume=str(stopped)))
+
+
+def test_one_run_has_one_writer(stopped, capsys):
+    """Two would end with the weights of one and the moments of the other."""
+    with FileLock(stopped / "lock"), pytest.raises(SystemExit) as stop:
+        main(["--resume", str(stopped)])
+    assert stop.value.code == 2
+    assert f"{stopped} is being written by another process" in capsys.readouterr().err
+    assert (stopped / "armada/0/last/training.json").exists()
+    train(Config(resume=str(stopped)))  # the lock is free again
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda rows: rows[:5], "train had 40 rows, has 5 now"),
+    (lambda rows: [rows[0]._replace(label=1 - rows[0].label), *rows[1:]],
+     "train has other texts or labels now"),
+    (lambda rows: [rows[0]._replace(fields={"text": "is it?"}), *rows[1:]],
+     "train has other texts or labels now")])
+def test_a_run_goes_on_with_the_data_it_began_with(stopped, monkeypatch, change, says):
+    splits = load_task("objects")
+    monkeypatch.setattr(
+        training, "load_task", lambda *_: {**splits, "train": change(splits["train"])})
+    with pytest.raises(UserError, match=says):
+        train(Config(resume=str(stopped)))
+
+
+def test_a_kill_between_the_last_deletions_leaves_a_finished_cell(tmp_path, monkeypatch):
+    config = Config(**QUICK, arms="armada", seeds="0", out=str(tmp_path / "run"))
+    unlink = Path.unlink
+    deleted = []
+
+    def dies_at_the_second(path, missing_ok=False):
+        if len(deleted) == 1:
+            raise RuntimeError("killed")
+        deleted.append(path)
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", dies_at_the_second)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config)
+    last = tmp_path / "run/armada/0/last"
+    assert (last / "optimizers.safetensors").exists()
+    monkeypatch.setattr(training, "run", lambda cell: pytest.fail("trained again"))
+    assert train(Config(resume=config.out))["armada"][0]["dev"]
+    assert not (last / "optimizers.safetensors").exists()
+
+
+def test_a_student_that_is_not_finite_is_neither_saved_nor_judged(official, tmp_path, capsys):
+    """The loss of the last step is finite; what that step makes of the weights is not."""
+    with pytest.raises(SystemExit) as stop:
+        main(["--task=stsb", "--data-dir", official, "--student=tiny", "--teacher=painter",
+              "--epochs=1", "--lr=1e12", f"--out={tmp_path / 'run'}"])
+    assert stop.value.code == 2 and "not finite" in capsys.readouterr().err
+    cell = tmp_path / "run/armada/0"
+    assert not any((cell / name).exists() for name in ("last", "best", "metrics.json"))
+
+
+def test_an_aligner_that_is_not_finite_is_neither_saved_nor_judged(tmp_path):
+    cell = cell_of(tmp_path, epochs=1, limit=8, aligner_lr=1e12)
+    with pytest.raises(UserError, match="not finite"):
+        run(cell)
+    assert not (tmp_path / "last").exists()
+
 
 def test_a_finished_cell_is_read_and_not_trained_again(tmp_path, monkeypatch):
     config = Config(**QUICK, arms="armada", seeds="0", out=str(tmp_path / "run"))
