@@ -24,16 +24,16 @@ class Outputs(NamedTuple):
 
 
 class Householder(nn.Module):
-    """x -> x Q[:, :d], Q a product of k reflections x <- x - 2 (x.v) v, |v| = 1: (B, in) -> (B, d).
-    A reflection is orthogonal whatever v is, so Q is orthogonal BY CONSTRUCTION at every step of
-    any optimizer. The alternatives pay for it: a matrix exponential or a Cayley transform solves an
-    n x n problem a step, and a QR retraction is a second optimizer step to remember. tests/bench.py
-    prints the ratio.
-    Why k = 32 reflections lose nothing here, though a general Q needs n. Without dropout L_A sees
-    P_t only through the product C'_t P_t, and C'_t is free: replacing (C'_t, P_t) by
-    (C'_t R^T, R P_t) for an orthogonal R changes no logit. P_t is a gauge. What matters is which
-    C-dimensional space C'_t reads, and k >= C reflections carry any C-frame to any other, one for
-    each vector. tests/test_align.py shows both.
+    """x (B, in) -> x Q[:, :d] (B, d), so that P = Q[:, :d]^T. Q is a product of k reflections
+    x <- x - 2 (x.v) v, |v| = 1. A reflection is orthogonal whatever v is, so Q is orthogonal
+    BY CONSTRUCTION at every step of any optimizer. A matrix exponential or a Cayley transform is so
+    too, but solves an n x n problem a step (tests/bench.py measures how much slower that is), and a
+    QR retraction is a second optimizer step to remember.
+    Why k = 32 reflections are enough, though a general Q needs n: without dropout L_A sees P_t only
+    through the product M = C'_t P_t, and C'_t is free. At d = d_e, the default, every M is reached
+    with any P_t, by C'_t = M P_t^T. At d < d_e P_t also chooses the d directions in which the rows
+    of M lie, and k >= C reflections carry any C-frame to any other, one for each vector: enough for
+    up to 32 labels. tests/test_align.py shows both. L_manifold sees P_t, but does not train it.
     Q is n x n, n the larger of in and d. Where d > in (a student's projection, on request), x is
     padded with zeros and the map has orthonormal columns."""
 

@@ -1,4 +1,4 @@
-"""All equations of ARMADA (arXiv 2603.10877), one function each: tensors in, tensors out.
+"""All losses of ARMADA (arXiv 2603.10877), one function each: tensors in, tensors out.
 
 Shapes: B batch, C labels, d shared projection space (the paper's "manifold").
     o_t, o_s   main logits of the TS Aligner (t, the teacher's side) and of the student (s)   (B, C)
@@ -18,15 +18,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-# The kinds of L_manifold. Their twin is the choices of `--loss` in train.py (Config.loss), which
-# cannot import them from here: `--help` does not wait for torch. tests/test_train.py compares them.
-KINDS = ("euclidean", "cosine", "manifold")
-
-# The kinds whose micro-batches, weighted by their share of the batch, add up to the batch's value
-# exactly. The others compare batch means, and of a micro-batch its own mean.
-# tests/test_losses.py holds every kind to what is declared here.
-PER_EXAMPLE = ("manifold",)
-
 
 def _full(x):
     """Half precision -> float32; wider types unchanged."""
@@ -43,7 +34,7 @@ def _check_shapes(a, b):
 
 
 def _mse(a, b):
-    """MSE(a, b) = mean (a - b)^2 over ALL elements: a sum over d would tie beta to its width."""
+    """MSE(a, b) = mean (a - b)^2 over ALL elements: a sum over d would tie beta to d."""
     _check_shapes(a, b)
     return (a - b).square().mean()
 
@@ -51,15 +42,15 @@ def _mse(a, b):
 def task_loss(logits, labels):
     """task(o, y) = CE(softmax(o), y) for classes and distributions; MSE(relu(o), y) for regression.
     logits (B, C); labels (B,) integers, or (B,) floats where C = 1, or (B, C) floats whose rows sum
-    to 1. Raises ValueError when the two do not fit together."""
+    to 1, or to 0, which asks for nothing. Raises ValueError when the two do not fit together."""
     logits = _full(logits)
     width = logits.size(-1)
     are_floats = labels.is_floating_point()
     if not are_floats and labels.shape == logits.shape[:1] and width > 1:
         return F.cross_entropy(logits, labels)
     if are_floats and width == 1 and labels.numel() == logits.numel():
-        # STS-B's scores lie in [0, 5], hence the relu. It is flat below 0, so the bias starts at
-        # the mean label.
+        # STS-B's scores lie in [0, 5], hence the relu. It is flat below 0, so train.py starts the
+        # heads' biases at the mean label (start_biases_at).
         targets = labels.flatten().to(logits.dtype)  # (B,)
         scores = F.relu(logits.flatten())            # (B,)
         return _mse(targets, scores)
@@ -72,10 +63,11 @@ def task_loss(logits, labels):
 
 
 def output_loss(teacher_logits, student_logits, temperature):
-    """L_output of two heads = T^2 MSE(softmax(o_t/T), softmax(o_s/T)); for C = 1, a regression,
-    MSE(relu o_t, relu o_s). Logits (B, C). softmax(o / T) puts 1/T into the difference and into its
-    derivative; T^2 takes both out, and alpha means the same at every temperature: as T grows, the
-    value tends to MSE(o_t - mean_c o_t, o_s - mean_c o_s) / C^2."""
+    """L_output of one head = T^2 MSE(softmax(o_t/T), softmax(o_s/T)); for C = 1, a regression,
+    MSE(relu o_t, relu o_s). t is the aligner's head, s the student's, both (B, C). At a T that is
+    large beside the logits softmax(o/T) is near 1/C + (o - mean_c o) / (C T): it puts 1/T into the
+    difference and into its derivative. T^2 takes both out, so alpha need not change with T: as T
+    grows, the value tends to MSE(o_t - mean_c o_t, o_s - mean_c o_s) / C^2."""
     o_t = _full(teacher_logits)  # (B, C)
     o_s = _full(student_logits)  # (B, C)
     if o_s.size(-1) == 1:
@@ -86,9 +78,9 @@ def output_loss(teacher_logits, student_logits, temperature):
 
 
 def output_kl(teacher_logits, student_logits, temperature):
-    """L_output of a generation task = T^2 KL(softmax(o_t/T) || softmax(o_s/T)), mean over B: ours.
-    Over an answer vocabulary of 1,000 tokens softmaxes are so small that the gradient of their MSE
-    vanishes (tests/test_generate.py shows by how much). Logits (B, V_a)."""
+    """L_output of one head that generates = T^2 KL(softmax(o_t/T) || softmax(o_s/T)), mean over B.
+    It is ours. Over an answer vocabulary of 1,000 tokens softmaxes are so small that the gradient
+    of their MSE vanishes (tests/test_generate.py shows by how much). Logits (B, V_a)."""
     log_t = F.log_softmax(_full(teacher_logits) / temperature, -1)  # (B, V_a)
     log_s = F.log_softmax(_full(student_logits) / temperature, -1)  # (B, V_a)
     divergence = F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
@@ -96,31 +88,44 @@ def output_kl(teacher_logits, student_logits, temperature):
 
 
 def answer_losses(logits, tokens, counts, vocabulary):
-    """LM(answer) = -mean_l log p(y_l | prefix_l), and o_s = log mean_l p(v | prefix_l), v in V_a.
-    Both are what a language model says of B answers, teacher-forced. The first is (B,): long
-    answers weigh no more than short ones. The second is the log of a bag of tokens, (B, V_a).
-    logits (N, V) and tokens (N,) of all the answers' positions one after another, counts [B] of
-    each answer, vocabulary (V_a,) token ids."""
+    """Return what a language model says of B answers, teacher-forced:
+        cross entropy   -mean_l log p(y_l | prefix_l)                     (B,)
+        o_s             log mean_l p(v | prefix_l), for the v in V_a      (B, V_a)
+    Both are means over an answer's positions l: long answers weigh no more than short ones. exp o_s
+    is the bag of tokens that the model expects, whose sum over V_a is below 1; the softmax of
+    task_loss makes it 1. logits (N, V) and tokens (N,) of all the answers' positions one after
+    another, counts [B] of each answer, vocabulary (V_a,) token ids."""
     logits = _full(logits)
     norm = logits.logsumexp(-1, keepdim=True)         # (N, 1): a log_softmax would be (N, V)
     token_logits = logits.gather(1, tokens[:, None])  # (N, 1)
     surprise = (norm - token_logits).flatten()        # (N,)
     log_p = logits[:, vocabulary] - norm              # (N, V_a)
-    bags = []
+    log_bags = []
     for answer_log_p in log_p.split(counts):          # (l, V_a)
         # In logs: a p of 1e-40 would be 0 in float32, and its log would poison the sums.
-        bags.append(answer_log_p.logsumexp(0) - math.log(len(answer_log_p)))  # (V_a,)
-    o_s = torch.stack(bags)                           # (B, V_a)
+        log_bags.append(answer_log_p.logsumexp(0) - math.log(len(answer_log_p)))  # (V_a,)
+    o_s = torch.stack(log_bags)                       # (B, V_a)
     cross_entropies = [answer.mean() for answer in surprise.split(counts)]
     return torch.stack(cross_entropies), o_s          # (B,), (B, V_a)
 
 
+# The kinds of L_manifold. Their twin is the choices of `--loss` in train.py (Config.loss), which
+# cannot import them from here: `--help` does not wait for torch. tests/test_train.py compares them.
+KINDS = ("euclidean", "cosine", "manifold")
+
+# The kinds that are a mean over texts: a batch in pieces (--micro-batch) gives the same value. The
+# others compare batch means, and of a piece its own. tests/test_losses.py holds every kind to this.
+PER_EXAMPLE = ("manifold",)
+
+
 def manifold_loss(teacher_proj, student_proj, kind):
-    """L_manifold = MSE(mean_b p_t, mean_b p_s) | 1 - cos(mean_b p_t, mean_b p_s) | MSE(p_t, p_s).
-    Projections (B, d); kind "euclidean" | "cosine" | "manifold", in this order. The first two
-    compare batch means, which permuting a batch's teacher rows does not change: they carry no
-    pairing of text and picture. By Jensen euclidean <= manifold (the paper's Prop. 1, though not
-    strictly: both are 0 at p_t = p_s)."""
+    """L_manifold compares the projections p_t and p_s (B, d); kind (--loss) says how:
+        "euclidean"    MSE(mean_b p_t, mean_b p_s)
+        "cosine"       1 - cos(mean_b p_t, mean_b p_s)
+        "manifold"     MSE(p_t, p_s), text by text
+    The first two compare batch means, which permuting a batch's teacher rows does not change: they
+    carry no pairing of text and picture. By Jensen euclidean <= manifold (the paper's Prop. 1,
+    though not strictly: both are 0 at p_t = p_s)."""
     # DEVIATION: the authors' code silently takes any unknown name for the per-example loss; an
     # error here.
     if kind not in KINDS:
@@ -137,8 +142,8 @@ def manifold_loss(teacher_proj, student_proj, kind):
     # DEVIATION: paper says the inner product of the means (Eq. 3), which growing p_s lowers without
     # end; we normalise, as the authors' code does.
     # A zero mean has no direction: value 1, gradient 0. An epsilon in the denominator would give
-    # the gradient 1 / epsilon, and a where() outside the quotient alone 0 * inf = nan: hence the
-    # inner where().
+    # the gradient 1 / epsilon. There are two where(), for the outer one alone would still
+    # differentiate 0 / 0, which gives nan.
     norms = m_t.norm() * m_s.norm()
     dot = (m_t * m_s).sum()
     cosine = dot / torch.where(norms > 0, norms, 1)
@@ -154,13 +159,16 @@ def aligner_loss(aligner_out, labels, gamma):
 
 def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind,
                  output_factor=1, answer_loss=None):
-    """L_S = (1 - alpha) L_task + alpha L_output + beta L_manifold.
-    student_out, aligner_out: Outputs(logits (B, C), aux_logits (B, C), proj (B, d)). The aligner's
-    are detached, a student does not teach its teacher; aligner_out=None is "no teacher", whose two
-    terms are 0. output_factor multiplies the second term: 0 drops the soft labels and leaves the
-    true ones at 1 - alpha. answer_loss, of a generation task, is its language-model cross entropy:
-    part of L_task, and brings the KL. Returns (total, parts): parts maps task, output, manifold to
-    0-dim tensors, before their weights."""
+    """L_S = (1 - alpha) L_task + alpha L_output + beta L_manifold, where
+        L_task      = task(o_s, y) + gamma task(a_s, y)            task_loss
+        L_output    = head(o_t, o_s) + gamma head(a_t, a_s)        output_loss
+        L_manifold    compares p_t with p_s                        manifold_loss
+    student_out, aligner_out: Outputs of align.py: logits (B, C), aux_logits (B, C), proj (B, d).
+    The aligner's are detached: a student does not teach its teacher. With aligner_out None, "no
+    teacher", L_output and L_manifold are 0. output_factor multiplies L_output: 0 drops the soft
+    labels and leaves L_task at 1 - alpha. A generation task gives answer_loss, the answers' cross
+    entropy: it is added to L_task, and `head` is output_kl. Returns (total, parts): parts maps
+    task, output, manifold to 0-dim tensors, before their weights."""
     o_s = student_out.logits      # (B, C)
     a_s = student_out.aux_logits  # (B, C)
     task = task_loss(o_s, labels) + gamma * task_loss(a_s, labels)

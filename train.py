@@ -39,7 +39,8 @@ from data import (CACHE, Parser, UserError, answer_bags, answer_vocabulary, bag_
                   length_grouped_batches, load_task, prepare_console, read_json, seed_of)
 from teacher import ENCODERS, TEACHERS, build_teacher, open_vectors, split_spec
 
-# An arm is one line of overrides. A claim is "armada beats every control, the best one included".
+# An arm is one line of overrides. To claim a gain is to say: armada beats every control, the best
+# one included.
 # DEVIATION: the authors compare with one baseline, without the auxiliary head; here are four
 # controls.
 ARMS = {
@@ -65,32 +66,36 @@ ARMS = {
 }
 
 
+# A cell (class Cell, below the fence) is one arm with one seed. Used here are its config and its
+# device; its aligner and student, which are also models[role], with optimizers and scalers by role;
+# data.labels; and two ways from the indices of training examples to inputs: teacher_vectors(rows)
+# gives e, which in the arm `shuffled` are other texts', and token_batch(rows) gives the tokens x.
 def aligner_batch_loss(cell, rows):
     """Return (L_A, {}) of a batch: the TS Aligner learns the task from the teacher's vectors alone.
 
-    rows: the numbers of B training examples. The second result holds parts to log: here are none.
+    rows: the indices of B training examples. The second result holds parts to log: here are none.
     """
-    e = cell.lookup(rows).to(cell.device)             # (B, d_e), the teacher's vectors
+    e = cell.teacher_vectors(rows).to(cell.device)    # (B, d_e)
     y = cell.data.labels[rows].to(cell.device)        # (B,), or (B, |V_a|) bags of answer tokens
     aligner_out = cell.aligner(e)                     # o_t, a_t (B, C), p_t (B, d)
     return aligner_loss(aligner_out, y, cell.config.gamma), {}
 
 
 def student_batch_loss(cell, rows):
-    """Return (L_S, its parts) of a batch: the student learns from labels and the frozen aligner.
+    """Return (L_S, its parts) of a batch: the student learns from labels, and from the aligner.
 
-    rows: the numbers of B training examples. Of several processes each reads the texts of some
+    rows: the indices of B training examples. Of several processes each reads the texts of some
     rows, and all compute the loss of the whole batch (gather_outputs says why).
     """
     config = cell.config
     own_rows, rows, counts = shard_rows(rows)         # in one process: rows, rows, [B]
-    x = cell.token_batch(own_rows)                    # input_ids, attention_mask ... (B, L)
+    x = cell.token_batch(own_rows)                    # (B, L) ids, mask ..., also answers to learn
     y = cell.data.labels[rows].to(cell.device)        # (B,), or (B, |V_a|) bags of answer tokens
     aligner_out = None                                # an arm without a teacher has no aligner
     if cell.aligner:
-        # It does not learn here: eval mode, no graph. It costs milliseconds: float32.
+        # Here it only answers: eval mode, no graph. It costs milliseconds: float32.
         with torch.no_grad():
-            e = cell.lookup(rows).to(cell.device)     # (B, d_e)
+            e = cell.teacher_vectors(rows).to(cell.device)  # (B, d_e)
             aligner_out = cell.aligner.eval()(e)      # o_t, a_t (B, C), p_t (B, d)
     with cell.autocast():
         student_out = cell.parallel_student(**x)      # o_s, a_s (B, C), p_s (B, d)
@@ -119,8 +124,8 @@ def update(cell, epoch, role, step, rows):
     for start in range(0, len(rows), config.micro_batch):
         micro_rows = rows[start:start + config.micro_batch]
         share = len(micro_rows) / len(rows)
-        seed_step(cell, epoch, role, step, start)
-        sync_after(cell, start + config.micro_batch >= len(rows))
+        seed_step(cell, epoch, role, step, start)     # all arms of a seed draw the same dropout
+        sync_after(cell, start + config.micro_batch >= len(rows))  # of several processes
         loss, parts = BATCH_LOSSES[role](cell, micro_rows)
         scaler.scale(loss * share).backward()
         for name, value in {**parts, "loss": loss}.items():
@@ -133,17 +138,31 @@ def update(cell, epoch, role, step, rows):
     return {**logged, "grad_norm": in_one_piece(norm)}
 
 
-def lr_factor(step, steps):
-    """Return the share of the peak learning rate at a step, which counts from 0 over all epochs.
+def lr_factor(step, total):
+    """Return the share of the peak learning rate at a role's step 0 ... total - 1 of the whole run.
 
-    It rises linearly over min(100, 10 %) of the steps, then falls linearly to 0.
+    It rises linearly over min(100, 10 %) of the steps, then falls linearly: 0 would come one step
+    after the last.
     """
     # DEVIATION: the authors build scheduler, warm-up and weight decay and never apply them; we do,
     # and cap their 100 steps of warm-up at a tenth of all, since CB has fewer than 100.
-    warm = min(100, steps // 10)
+    warm = min(100, total // 10)
     if step < warm:
         return (step + 1) / warm
-    return (steps - step) / (steps - warm)
+    return (total - step) / (total - warm)
+
+
+def schedule(cell):
+    """Yield every step of the run in order: (epoch, role, step of the epoch, rows of the batch).
+
+    Of each epoch all batches go to the aligner, then the same batches to the student.
+    """
+    for epoch in range(cell.config.epochs):
+        seed = seed_of(cell.seed, "order", epoch)
+        batches = length_grouped_batches(cell.data.lengths, cell.config.batch_size, seed)
+        for role in cell.models:                      # "aligner", if the arm has one, and "student"
+            for step, rows in enumerate(batches):
+                yield epoch, role, step, rows
 
 
 def run(cell):
@@ -152,7 +171,7 @@ def run(cell):
     steps = cell.steps_per_epoch                      # of each role
     peak_rates = {"aligner": config.aligner_lr, "student": config.lr}
     log_untrained(cell)
-    with interruptible() as interrupt, progress_bar(cell) as bar:
+    with interruptible() as interrupt, progress_bar(cell, schedule(cell)) as bar:
         pending_logs = PendingLogs(cell)
         for count, (epoch, role, step, rows) in enumerate(bar, 1):
             if count <= cell.done:
@@ -562,10 +581,10 @@ def mean_answer_loss(student_out):
     return None if answer_loss is None else answer_loss.mean()
 
 
-def progress_bar(cell):
+def progress_bar(cell, steps):
     """Return tqdm's bar over all steps of a cell; it draws nothing where stderr is no terminal."""
     total = cell.steps_per_epoch * cell.config.epochs * len(cell.models)
-    return tqdm(cell.schedule(), total=total, leave=False, disable=None if is_first() else True,
+    return tqdm(steps, total=total, leave=False, disable=None if is_first() else True,
                 desc=f"{cell.config.arms[0]} seed {cell.seed}")
 
 
@@ -1083,10 +1102,10 @@ class Cell:
         """Make the aligner and the lookup of its vectors; an arm without a teacher has neither."""
         config, data = self.config, self.data
         torch.manual_seed(seed_of(self.seed, "aligner"))
-        self.aligner = self.vectors = self.lookup = None
+        self.aligner = self.vectors = self.teacher_vectors = None
         if is_distilled(config):
             self.vectors = data.vectors[config.teacher]
-            self.lookup = data.lookup(config, self.seed)
+            self.teacher_vectors = data.lookup(config, self.seed)
             latent_dim = self.vectors["dev"]([0]).shape[1]
             self.aligner = TSAligner(latent_dim, data.num_labels, proj_dim=data.dim)
 
@@ -1125,15 +1144,6 @@ class Cell:
     def steps_per_epoch(self):
         """How many batches each role sees in an epoch; the last one may be short."""
         return math.ceil(len(self.data.labels) / self.config.batch_size)
-
-    def schedule(self):
-        """Yield every step of the run in order: (epoch, role, step, rows of the batch)."""
-        for epoch in range(self.config.epochs):
-            seed = seed_of(self.seed, "order", epoch)
-            batches = length_grouped_batches(self.data.lengths, self.config.batch_size, seed)
-            for role in self.models:
-                for step, rows in enumerate(batches):
-                    yield epoch, role, step, rows
 
     def token_batch(self, rows):
         """Return the student's input on its device: {"input_ids", "attention_mask" ...: (B, L)}."""

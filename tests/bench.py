@@ -213,7 +213,7 @@ def published(bench):
 
     with tempfile.TemporaryDirectory() as folder:
         cell = bench.cell("armada", len(bench.rows), folder)
-        batches = [rows for _, role, _, rows in cell.schedule() if role == "student" and len(rows) == 32]
+        batches = [rows for _, role, _, rows in training.schedule(cell) if role == "student" and len(rows) == 32]
 
         def ours(i):
             for role in ("aligner", "student"):
@@ -268,7 +268,7 @@ def trainer(bench):
 
     with tempfile.TemporaryDirectory() as folder:
         cell = bench.cell("undistilled", count, folder)
-        sizes = [[len(bench.rows[j]["input_ids"]) for j in rows] for *_, rows in cell.schedule()]
+        sizes = [[len(bench.rows[j]["input_ids"]) for j in rows] for *_, rows in training.schedule(cell)]
         filled["ours"] = sum(map(sum, sizes)), sum(max(each) * len(each) for each in sizes)
 
         def ours(_):  # the very loop of train.py, without its evaluation and its files
@@ -312,7 +312,7 @@ def share(bench):
     """What part of update()'s wall time a student spends in its own forward and backward passes, arm armada:
     this encoder in batches of 32, and tiny on objects, where a step is so short that all the rest weighs."""
     def line(name, cell, count):
-        steps = [(step, rows) for _, role, step, rows in cell.schedule() if role == "student"]
+        steps = [(step, rows) for _, role, step, rows in training.schedule(cell) if role == "student"]
         spent = inside(cell, steps[:count])
         every = spent.pop("all")
         own = (spent["forward"] + spent["backward"]) / every

@@ -15,7 +15,8 @@ import train as training
 from losses import KINDS
 from student import load_student
 from tests.conftest import write_reasoning
-from train import Cell, Config, Data, gather_to_rank0, init_processes, resolve, update
+from train import (Cell, Config, Data, gather_to_rank0, init_processes, resolve, schedule,
+                   update)
 
 def as_rank(rank, port, work, arguments, result):
     """In a process of its own: what torchrun sets, then work(*arguments); rank 0's answer goes to a file."""
@@ -69,7 +70,7 @@ def ten_steps(cases, folder):
     for i, flags in enumerate(cases):
         cell = open_cell(flags, folder / str(i))
         logged, left = [], {"aligner": 10, "student": 10}
-        for epoch, role, step, rows in cell.schedule():
+        for epoch, role, step, rows in schedule(cell):
             if left[role]:
                 left[role] -= 1
                 logged.append({name: v.item() for name, v in update(cell, epoch, role, step, rows).items()})

@@ -22,8 +22,8 @@ from align import Householder
 from data import TASKS, UserError, collate, load_task
 from student import load_student
 from teacher import Painter, build_teacher
-from train import (ARMS, Cell, Config, Data, is_distilled, lr_factor, main, resolve, run, seed_of,
-                   train)
+from train import (ARMS, Cell, Config, Data, is_distilled, lr_factor, main, resolve, run, schedule,
+                   seed_of, train)
 
 ROOT = Path(__file__).resolve().parent.parent
 # 3 steps an epoch, the last one of 8
@@ -96,7 +96,7 @@ def test_arms_of_one_seed_share_initial_weights_data_order_and_dropout(tmp_path,
         (tmp_path / arm).mkdir()
         cell = Cell(dataclasses.replace(config, arms=(arm,), **ARMS[arm]), data, tmp_path / arm)
         start = {name: value.clone() for name, value in cell.student.state_dict().items()}
-        order = [rows for _, role, _, rows in cell.schedule() if role == "student"]
+        order = [rows for _, role, _, rows in schedule(cell) if role == "student"]
         with pytest.raises(FirstStudentStep) as step:
             run(cell)
         seen[arm] = (start, order, step.value.args[0])
@@ -110,12 +110,12 @@ def test_arms_of_one_seed_share_initial_weights_data_order_and_dropout(tmp_path,
 
 def test_each_epoch_shows_every_example_once_to_the_aligner_and_then_once_to_the_student(tmp_path):
     cell = cell_of(tmp_path)
-    plan = list(cell.schedule())
+    plan = list(schedule(cell))
     assert [(epoch, role, step) for epoch, role, step, _ in plan] == [
         (epoch, role, step) for epoch in range(2) for role in ("aligner", "student") for step in range(3)]
     for start in range(0, 12, 3):
         assert sorted(row for *_, rows in plan[start:start + 3] for row in rows) == list(range(40))
-    assert [role for _, role, _, _ in cell_of(tmp_path / "u", "undistilled").schedule()] == ["student"] * 6
+    assert [role for _, role, _, _ in schedule(cell_of(tmp_path / "u", "undistilled"))] == ["student"] * 6
 
 def looked_up(cell, pairing, seed, rows=range(40)):
     return cell.data.lookup(dataclasses.replace(cell.config, pairing=pairing), seed)(list(rows))
@@ -236,8 +236,8 @@ def test_three_steps_of_each_role_are_adamw_with_clipped_gradients_and_the_sched
     rates = {"aligner": 1e-3, "student": 4e-3}
     optimizers = {role: torch.optim.AdamW(twin.models[role].parameters(), weight_decay=0.01)
                   for role in rates}
-    for _, role, step, rows in twin.schedule():
-        model, y, e = twin.models[role].eval(), twin.data.labels[rows], twin.lookup(rows)
+    for _, role, step, rows in schedule(twin):
+        model, y, e = twin.models[role].eval(), twin.data.labels[rows], twin.teacher_vectors(rows)
         if role == "aligner":
             loss = losses.aligner_loss(model(e), y, 1.0)
         else:
@@ -282,7 +282,7 @@ def test_the_aligner_sees_the_vector_that_the_pairing_names(tmp_path, monkeypatc
     cell.aligner.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     run(cell)
     lookup = cell.data.lookup(cell.config, 0)
-    for (_, _, _, rows), e in zip(cell.schedule(), seen):
+    for (_, _, _, rows), e in zip(schedule(cell), seen):
         assert torch.equal(e, lookup(rows))
         assert torch.equal(e, torch.from_numpy(cell.vectors["train"](rows))) == (arm == "armada")
 
@@ -292,7 +292,7 @@ def test_no_two_steps_of_a_run_draw_the_same_dropout_and_no_two_epochs_the_same_
     monkeypatch.setattr(training, "seed_all", lambda seed, *at: drawn.append(seed) or original(seed, *at))
     run(cell)
     assert len(drawn) == len(set(drawn)) == 2 * 2 * 5  # epochs, roles, micro-batches of 16 + 16 + 8
-    first, second = ([rows for e, role, _, rows in cell.schedule() if e == epoch and role == "student"]
+    first, second = ([rows for e, role, _, rows in schedule(cell) if e == epoch and role == "student"]
                      for epoch in (0, 1))
     assert first != second
 
