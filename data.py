@@ -411,6 +411,9 @@ CACHE = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "
 class UserError(ValueError):
     """What the person at the keyboard can mend: one line, what was found and what to type."""
 
+    def __init__(self, message):
+        super().__init__(one_line(str(message)))
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and name the nearest flag."""
@@ -426,15 +429,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_with_message(status, message):
-    """End the program with this exit status and one line on stderr (`message` has no line end).
+    """End the program with this exit status and one line on stderr.
 
     Processes that torchrun started find the same mistake at the same moment. All but the first
     wait a little, and torchrun ends them, once rank 0 has told it, before they tell it again.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
-    print(message, file=sys.stderr)
+    print(one_line(message), file=sys.stderr)
     sys.exit(status)
+
+
+def prepare_console():
+    """Let stdout show ? for what its encoding lacks; every main() calls this first.
+
+    Otherwise a sign of the last table would end a run of hours with a traceback where the locale
+    is ASCII. Python's own stderr never fails: it shows such characters escaped.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # what stands in for it may have no encoding
+        sys.stdout.reconfigure(errors="replace")
 
 
 def nearest(name, names):
@@ -445,18 +458,38 @@ def nearest(name, names):
     return None
 
 
-def shorten_text(text, limit):
-    """Return the text on one line of at most `limit` characters, cut between two words."""
-    line = " ".join(text.split())
-    if len(line) <= limit:
+def one_line(text, most=1000):
+    """Return the text as one line of at most `most` characters, all of which can be printed.
+
+    A file's or a server's name may hold new lines and terminal escapes, which are shown escaped
+    (\\n, \\x1b). Of a long text the middle goes, since what to type instead stands at the end.
+    """
+    line = "".join(map(show_character, text.strip()))
+    if len(line) <= most:
         return line
-    mark = " ..."
-    room = limit - len(mark)
-    head = line[:room + 1].rpartition(" ")[0]
+    mark = " ... "
+    tail_room = most // 3
+    head_room = most - tail_room - len(mark)
+    head = line[:head_room + 1].rpartition(" ")[0]
     # Of a long text without blanks (JSON) too little would be left: it is cut in mid-word.
-    if len(head) < room // 2:
-        head = line[:room]
-    return head + mark
+    if len(head) < head_room // 2:
+        head = line[:head_room]
+    tail = line[-tail_room - 1:].partition(" ")[2]
+    if len(tail) < tail_room // 2:
+        tail = line[-tail_room:]
+    return head + mark + tail
+
+
+def show_character(character):
+    """Return the character, or its escape where a console would obey it or could not show it."""
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode()
+
+
+def shorten_text(text, limit):
+    """Return what a server or a library wrote, perhaps in paragraphs, on one short line."""
+    return one_line(" ".join(text.split()), limit)
 
 
 def known(name, names, what):
@@ -473,6 +506,56 @@ def known(name, names, what):
 def find_task(name):
     """Return the registry entry of a case-insensitive name; an unknown one is a UserError."""
     return TASKS[known(name.lower(), TASKS, "task")]
+
+
+# ---- what every reader of files needs ----
+
+JSON_KINDS = {dict: "object", list: "list"}
+
+
+def parse_json(text, where, kind=dict, hint="the file may be cut"):
+    """Return the object (or the value of another `kind`) that the JSON text holds.
+
+    Raises UserError naming `where`, which is a file and perhaps its line, for anything else.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise UserError(f"{where} is not JSON (it is nested too deeply): {hint}") from None
+    except ValueError as error:  # json's own, or that of a number with thousands of digits
+        why = getattr(error, "msg", error)
+        line = getattr(error, "lineno", 1)
+        if line > 1:
+            why = f"{why} in line {line}"
+        raise UserError(f"{where} is not JSON ({why}): {hint}") from None
+    if not isinstance(value, kind):
+        raise UserError(f"{where} is not a JSON {JSON_KINDS[kind]}: {hint}")
+    return value
+
+
+def read_json(path, kind=dict, hint="the file may be cut"):
+    """Return what parse_json makes of a UTF-8 file; one that cannot be read is a UserError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): {hint}") from None
+    except (OSError, ValueError) as error:  # missing, a folder, forbidden; a name with a zero byte
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({why}): {hint}") from None
+    return parse_json(text, path, kind, hint)
+
+
+def check_text(text, where):
+    """Raise UserError naming `where` if the text holds a lone surrogate.
+
+    JSON can spell half of a character ("\\ud800"); no tokenizer reads it and no file holds it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise UserError(f"{where} holds half of a character, {half!r}: write it whole or leave it "
+                        "out") from None
 
 
 # ---- the embedded task: everyday objects, their size in centimetres, colour and shape ----
@@ -536,6 +619,8 @@ def make_object_pairs():
 
 
 # ---- readers of the official files ----
+
+REFETCH = "the file may be cut; fetch it again"
 
 
 def load_task(name, data_dir=None, cache_dir=CACHE):
@@ -635,8 +720,6 @@ def parse_file(task, file, path, split):
         rows = tsv_rows(file, path, task.header)
     examples = []
     for number, (where, row) in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is not a JSON object: the file may be cut; fetch it again")
         if task.kind == "generate":
             example = generation_example(task, row, number, where)
         else:
@@ -661,29 +744,21 @@ def tsv_rows(file, path, columns=()):
 
 
 def jsonl_rows(file, path):
-    """Yield ("file:line", value) for each line, which should be a dict."""
+    """Yield ("file:line", row) for each line of JSON, blank ones left out."""
     for number, line in enumerate(file, 1):
         where = f"{path}:{number}"
-        yield where, parse_json(line, where)
+        if line.strip():
+            yield where, parse_json(line, where, hint=REFETCH)
 
 
 def json_list_rows(file, path):
-    """Yield ("file:number", item) for each item of the one list that the file should be."""
-    items = parse_json(file.read(), path)
-    if not isinstance(items, list):
-        raise UserError(f"{path} is not a list of JSON objects: the file may be cut; "
-                        "fetch it again")
+    """Yield ("file:number", row) for each item of the one list that the file should be."""
+    items = parse_json(file.read(), path, list, REFETCH)
     for number, item in enumerate(items, 1):
-        yield f"{path}:{number}", item
-
-
-def parse_json(text, where):
-    """Return what the JSON text says; what is no JSON is a UserError that names `where`."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}): the file may be cut; "
-                        "fetch it again") from None
+        where = f"{path}:{number}"
+        if not isinstance(item, dict):
+            raise UserError(f"{where} is not a JSON object: {REFETCH}")
+        yield where, item
 
 
 def understanding_example(task, row, split, number, where):

@@ -382,3 +382,102 @@ def test_collate_pads_to_the_longest_row_of_the_batch_and_masks_the_padding():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 1], [1, 0, 0]]
     assert all(value.dtype == torch.int64 for value in batch.values())
+
+
+# ---- one line, JSON and text of any sort -------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, line", [
+    ("one\ntwo\tthree\r\n", r"one\ntwo\tthree"),
+    ("a name\x1b[31m with\x07 an escape\x9b2J", r"a name\x1b[31m with\x07 an escape\x9b2J"),
+    ("half \ud800, turned \u202e round", r"half \ud800, turned \u202e round"),
+    ("für 语言 😀 ± 1", "für 语言 😀 ± 1"),
+    ("", ""),
+])
+def test_one_line_shows_what_a_console_would_obey(text, line):
+    assert data.one_line(text) == line
+    assert data.one_line(line) == line  # a message that is put into another one stays as it is
+    assert str(UserError(text)) == line
+
+
+def test_one_line_cuts_the_middle_of_a_long_text_between_words():
+    """What was found stands at the start of a message, and what to type at its end."""
+    line = data.one_line("found " + "word " * 1000 + "type this")
+    assert len(line) <= 1000
+    assert set(line.split()) == {"found", "word", "...", "type", "this"}
+    assert line.startswith("found word") and line.endswith("word type this")
+
+
+def test_one_line_cuts_a_text_without_blanks_too():
+    line = data.one_line("x" * 5000, most=50)
+    assert len(line) == 50 and line.replace(" ... ", "") == "x" * 45
+
+
+def test_an_unknown_name_of_any_sort_is_one_short_line_with_the_known_ones():
+    for name in ("new\nline", "\x1b[2Jclear", "x" * 10**5, "many words " * 999, "\ud800"):
+        with pytest.raises(UserError) as error:
+            find_task(name)
+        message = str(error.value)
+        assert message.isprintable() and len(message) <= 1000
+        assert message.startswith("unknown task '")
+        assert message.endswith(f"{list(TASKS)[-2]}, {list(TASKS)[-1]}")
+
+
+def test_the_last_line_of_a_program_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.exit_with_message(2, "train.py: error: two\nlines\x1b[2J")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "train.py: error: two\\nlines\\x1b[2J\n"
+
+
+@pytest.mark.parametrize("text, kind, says", [
+    ("", dict, r"x.json:3 is not JSON \(Expecting value\): the file may be cut"),
+    ("{", dict, "x.json:3 is not JSON"),
+    ('{"a": 1,\n"b": }', dict, "x.json:3 is not JSON .*in line 2"),
+    ("\ufeff{}", dict, "x.json:3 is not JSON"),
+    ("[" * 10**5, list, r"x.json:3 is not JSON \(it is nested too deeply\)"),
+    ('{"a": ' * 10**5, dict, r"x.json:3 is not JSON \(it is nested too deeply\)"),
+    ('{"a": ' + "9" * 5000 + "}", dict, "x.json:3 is not JSON .*digits"),
+    ("[]", dict, "x.json:3 is not a JSON object: the file may be cut"),
+    ("{}", list, "x.json:3 is not a JSON list: the file may be cut"),
+    ("3", dict, "x.json:3 is not a JSON object"),
+    ("null", list, "x.json:3 is not a JSON list"),
+])
+def test_what_is_no_json_of_the_wanted_kind_is_one_line_that_names_the_place(text, kind, says):
+    with pytest.raises(UserError, match=says):
+        data.parse_json(text, "x.json:3", kind)
+
+
+def test_json_is_read_and_a_hint_may_say_what_to_do(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes('\ufeff{"é": [1e999, -0.5]}'.encode())
+    assert data.read_json(path) == {"é": [float("inf"), -0.5]}
+    with pytest.raises(UserError, match="x.json is not a JSON list: delete it$"):
+        data.read_json(path, list, "delete it")
+
+
+def test_a_json_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "latin.json").write_bytes(b'{"caf\xe9": 1}')
+    (tmp_path / "empty.json").touch()
+    for name, says in (("latin.json", "is not UTF-8"), ("empty.json", "is not JSON"),
+                       ("gone.json", "cannot be read"), ("latin.json/x", "cannot be read"),
+                       (".", "cannot be read"), ("y" * 300, "cannot be read"),
+                       ("zero\0byte", "cannot be read")):
+        with pytest.raises(UserError, match=f"(?s){tmp_path}.*{says}.*: delete it"):
+            data.read_json(tmp_path / name, hint="delete it")
+
+
+def test_half_of_a_character_is_refused_and_a_whole_one_is_not():
+    data.check_text("😀 é", "x:1")
+    with pytest.raises(UserError, match=r"x:1 holds half of a character, '\\ud83d'"):
+        data.check_text("a \ud83d", "x:1")
+
+
+def test_a_console_that_knows_only_ascii_gets_a_question_mark(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(data.sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    data.prepare_console()
+    print("81.5 ± 0.3", flush=True)
+    assert raw.getvalue() == b"81.5 ? 0.3\n"
+    monkeypatch.setattr(data.sys, "stdout", io.StringIO())  # which cannot be reconfigured
+    data.prepare_console()
