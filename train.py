@@ -363,7 +363,7 @@ def check_limits(flag, value, limits):
     """Raise UserError unless a number is finite and within its option's limits."""
     low, high, above = limits["low"], limits["high"], limits["above"]
     if LARGEST < value < math.inf:
-        raise UserError(f"{flag} {value:.3g} is too large: at most {LARGEST:.0e}")
+        raise UserError(f"{flag} is too large: give {LARGEST:.0e} at most")
     if low <= value <= high and above < value < math.inf:  # nan is neither
         return
     wanted = f"above {above}" if above > low else f"at least {low}"
