@@ -4,6 +4,7 @@ import json
 import os
 import random
 import threading
+import types
 import zipfile
 
 import pytest
@@ -12,55 +13,91 @@ import torch
 import transformers
 
 import data
-from data import KEEP, OBJECTS, TASKS, Example, UserError, collate, encode, find_task
-from data import length_grouped_batches, load_task
+from data import (
+    KEEP, OBJECTS, TASKS, Example, UserError, collate, encode, find_task, length_grouped_batches,
+    load_task)
 from student import _tiny
 from tests.conftest import SUPERGLUE, respond, write_official
 
-UNDERSTANDING = [name for name, task in TASKS.items() if name != "objects" and task.kind != "generate"]
+UNDERSTANDING = [
+    name for name, task in TASKS.items() if name != "objects" and task.kind != "generate"]
 
 # Written by hand, not read from the registry: what each task's files hold and the student must see.
 TEXT_COLUMNS = {
-    "cola": {"sentence"}, "sst2": {"sentence"}, "mrpc": {"sentence1", "sentence2"},
-    "stsb": {"sentence1", "sentence2"}, "qqp": {"question1", "question2"}, "mnli": {"sentence1", "sentence2"},
-    "qnli": {"question", "sentence"}, "rte": {"premise", "hypothesis"}, "wnli": {"sentence1", "sentence2"},
-    "boolq": {"question", "passage"}, "cb": {"premise", "hypothesis"},
-    "copa": {"premise", "question", "choice1", "choice2"}, "wic": {"word", "sentence1", "sentence2"},
-    "wsc": {"text", "span1_text", "span2_text"}}
+    "cola": {"sentence"},
+    "sst2": {"sentence"},
+    "mrpc": {"sentence1", "sentence2"},
+    "stsb": {"sentence1", "sentence2"},
+    "qqp": {"question1", "question2"},
+    "mnli": {"sentence1", "sentence2"},
+    "qnli": {"question", "sentence"},
+    "rte": {"premise", "hypothesis"},
+    "wnli": {"sentence1", "sentence2"},
+    "boolq": {"question", "passage"},
+    "cb": {"premise", "hypothesis"},
+    "copa": {"premise", "question", "choice1", "choice2"},
+    "wic": {"word", "sentence1", "sentence2"},
+    "wsc": {"text", "span1_text", "span2_text"},
+}
 
-# ---- official files ----------------------------------------------------------------------------------------
+
+# ---- official files ----
+
+
 @pytest.mark.parametrize("name", UNDERSTANDING)
 def test_every_field_reaches_student_and_teacher_and_the_label_reaches_neither(name, official):
-    task, splits = TASKS[name], load_task(name, official)
-    for example in splits["train"]:
-        pair, prompt = " ".join(filter(None, task.pair(example))), task.prompt(example)
+    """A lost column makes a task unsolvable in silence (see the DEVIATION at TASKS)."""
+    if name not in TEXT_COLUMNS:
+        pytest.fail(f"new task {name!r}: add a line to TEXT_COLUMNS in tests/test_data.py with the "
+                    "columns of its files that the student must see")
+    task = TASKS[name]
+    spelled_labels = [label for label in task.labels if not label.isdigit()]
+    for example in load_task(name, official)["train"]:
+        pair = " ".join(filter(None, task.pair(example)))
+        prompt = task.prompt(example)
         assert set(example.fields) == TEXT_COLUMNS[name]
         for text in example.fields.values():
-            assert text in pair and text in prompt
+            assert text in pair
+            assert text in prompt
         if name not in ("copa", "wsc"):  # whose made-up texts are written differently
-            assert all(f"{field}word" in prompt for field in task.fields)
-        assert not any(label in prompt.lower().split() for label in task.labels if not label.isdigit())
+            for field in task.fields:
+                assert f"{field}word" in prompt
+        for label in spelled_labels:
+            assert label not in prompt.lower().split()
+
 
 @pytest.mark.parametrize("name", UNDERSTANDING)
 def test_labels_are_numbered_as_the_registry_lists_them_and_test_rows_have_none(name, official):
-    task, splits = TASKS[name], load_task(name.upper(), official)  # names are case-insensitive
-    assert [len(splits[s]) for s in ("train", "dev", "test")] == [12, 6, 3]
-    assert [e.label for e in splits["test"]] == [None] * 3
-    expected = [i % len(task.labels) if task.labels else pytest.approx(i % 6 * 0.9) for i in range(12)]
-    assert [e.label for e in splits["train"]] == expected
-    assert [e.idx for e in splits["train"]] == list(range(12))
+    """Two labels swapped would cost nothing in training, and every point of a submission."""
+    task = TASKS[name]
+    splits = load_task(name.upper(), official)  # names are case-insensitive
+    assert [len(splits[split]) for split in ("train", "dev", "test")] == [12, 6, 3]
+    assert [example.label for example in splits["test"]] == [None] * 3
+    if task.labels:
+        expected = [i % len(task.labels) for i in range(12)]
+    else:
+        expected = [pytest.approx(i % 6 * 0.9) for i in range(12)]
+    assert [example.label for example in splits["train"]] == expected
+    assert [example.idx for example in splits["train"]] == list(range(12))
+
 
 def test_mnli_has_two_dev_sets(official):
-    assert [len(load_task("mnli", official)[split]) for split in ("dev", "dev_mismatched")] == [6, 4]
+    splits = load_task("mnli", official)
+    assert len(splits["dev"]) == 6
+    assert len(splits["dev_mismatched"]) == 4
+
 
 def test_mrpc_is_read_past_its_byte_order_mark_and_quotes_are_part_of_the_text(tmp_path):
+    """A csv reader would take the quote for the start of a field and swallow the next lines."""
     root = write_official(TASKS["mrpc"], tmp_path)
     path = tmp_path / "MRPC" / "train.tsv"
-    path.write_text(path.read_text(encoding="utf-8").replace(
-        "sentence1word0 stands", '" sentence1word0 stands'), encoding="utf-8")
-    splits = load_task("mrpc", root)
-    assert (splits["train"][0].fields["sentence1"] == '" sentence1word0 stands here .'
-            and len(splits["train"]) == 12)
+    text = path.read_text(encoding="utf-8")
+    text = text.replace("sentence1word0 stands", ' " sentence1word0 stands')
+    path.write_text(text, encoding="utf-8")
+    train = load_task("mrpc", root)["train"]
+    assert train[0].fields["sentence1"] == ' " sentence1word0 stands here .'  # the blank as well
+    assert len(train) == 12
+
 
 def test_rte_prefers_the_jsonl_form_and_reads_the_tsv_form_where_it_is_alone(tmp_path):
     write_official(TASKS["rte"], tmp_path)
@@ -70,48 +107,81 @@ def test_rte_prefers_the_jsonl_form_and_reads_the_tsv_form_where_it_is_alone(tmp
     assert len(load_task("rte", tmp_path)["train"]) == 12
     (tmp_path / "RTE" / "train.jsonl").unlink()
     example = load_task("rte", tmp_path)["train"][0]
-    assert (example.fields, example.label) == ({"premise": "the premise", "hypothesis": "the hypothesis"}, 1)
+    assert example.fields == {"premise": "the premise", "hypothesis": "the hypothesis"}
+    assert example.label == 1
+
 
 def test_wsc_marks_both_spans_in_place_and_asks_with_the_span_texts(tmp_path):
     """Indices count words between white space; a span of two words may have a line break inside."""
     (tmp_path / "WSC").mkdir()
-    row = {"text": "Then  the\ntall man, said Ann's aunt, lost his hat.", "label": True, "idx": 7, "target": {
-        "span1_text": "tall man", "span1_index": 2, "span2_text": "his", "span2_index": 8}}
+    row = {
+        "text": "Then  the\ntall man, said Ann's aunt, lost his hat. ",
+        "label": True,
+        "idx": 7,
+        "target": {
+            "span1_text": "tall man", "span1_index": 2, "span2_text": "his", "span2_index": 8},
+    }
     for name in ("train.jsonl", "val.jsonl"):
         (tmp_path / "WSC" / name).write_text(json.dumps(row) + "\n")
     example = load_task("wsc", tmp_path)["train"][0]
-    assert TASKS["wsc"].pair(example) == (
-        "Then  the\n[tall man,] said Ann's aunt, lost *his* hat.", "his refers to tall man")
+    text_a, text_b = TASKS["wsc"].pair(example)
+    assert text_a == "Then  the\n[tall man,] said Ann's aunt, lost *his* hat. "
+    assert text_b == "his refers to tall man"
     assert (example.label, example.idx) == (1, 7)
 
+
 def test_copa_tells_cause_from_effect_and_offers_both_choices(official):
+    """The question is one word in the file; without it both choices may be right."""
     first, second = load_task("copa", official)["train"][:2]
-    assert ("What was the cause?" in TASKS["copa"].pair(first)[0]
-            and "What was the effect?" in TASKS["copa"].pair(second)[0])
-    assert all(f"choice{n}word0" in TASKS["copa"].pair(first)[1] for n in (1, 2))
+    text_a, text_b = TASKS["copa"].pair(first)
+    assert "What was the cause?" in text_a
+    assert "choice1word0" in text_b
+    assert "choice2word0" in text_b
+    assert "What was the effect?" in TASKS["copa"].pair(second)[0]
+
+
+def test_a_task_may_have_more_classes_than_a_score_has_points(tmp_path):
+    """Only a score ends at 5: class ids go as far as the labels do."""
+    labels = tuple("abcdefgh")
+    task = data.Task("many", "Many", "{sentence}", None, labels)
+    path = tmp_path / "train.tsv"
+    path.write_text("sentence\tlabel\n" + "".join(f"a text\t{label}\n" for label in labels))
+    examples = data.read_examples(task, path, "train")
+    assert [example.label for example in examples] == list(range(8))
+
 
 def edit(old, new):
+    """Return a function that replaces the first `old` of a text."""
     return lambda text: text.replace(old, new, 1)
+
 
 @pytest.mark.parametrize("name, change, says", [
     ("rte", lambda text: "", "has no rows"),
     ("rte", lambda text: text[:-20], r"train.jsonl:12 is not JSON"),
     ("rte", edit('"premise"', '"prem"'), r"train.jsonl:1 has no text 'premise'"),
     ("rte", edit('"entailment"', '"perhaps"'),
-     r"train.jsonl:1 has the label 'perhaps' in column label: expected one of entailment, not_entailment"),
+     r"train.jsonl:1 has the label 'perhaps' in column label: "
+     "expected one of entailment, not_entailment"),
     ("rte", lambda text: "[]\n" + text, "train.jsonl:1 is not a JSON object"),
     ("sst2", edit("\t1\n", "\n"), r"train.tsv:3 has 1 columns, not 2: sentence, label"),
-    ("cola", edit("\t1\t", "\t7\t"), r"train.tsv:2 has the label '7' in column label: expected one of 0, 1"),
+    ("cola", edit("\t1\t", "\t7\t"),
+     r"train.tsv:2 has the label '7' in column label: expected one of 0, 1"),
     ("stsb", edit("0.900", "5.9"),
      r"train.tsv:3 has the label '5.9' in column score: expected a number from 0 to 5"),
     ("stsb", edit("0.900", "high"), r"train.tsv:3 has the label 'high'"),
-    ("wsc", edit('"span2_index": 4', '"span2_index": 99'), r"train.jsonl:1 has no text with two spans")])
+    ("wsc", edit('"span2_index": 4', '"span2_index": 99'),
+     r"train.jsonl:1 has no text with two spans"),
+])
 def test_a_damaged_file_is_named_with_its_line(tmp_path, name, change, says):
     root = write_official(TASKS[name], tmp_path)
-    path = tmp_path / TASKS[name].folder / ("train.jsonl" if name in SUPERGLUE else "train.tsv")
+    file_name = "train.tsv"
+    if name in SUPERGLUE:
+        file_name = "train.jsonl"
+    path = tmp_path / TASKS[name].folder / file_name
     path.write_text(change(path.read_text()))
     with pytest.raises(UserError, match=says):
         load_task(name, root)
+
 
 def test_a_file_that_is_missing_or_not_utf8_and_a_task_that_is_unknown_are_named(tmp_path):
     with pytest.raises(UserError, match="RTE/train.tsv is missing: give --data-dir"):
@@ -123,30 +193,72 @@ def test_a_file_that_is_missing_or_not_utf8_and_a_task_that_is_unknown_are_named
     with pytest.raises(UserError, match="unknown task 'rtee': did you mean rte?"):
         find_task("rtee")
 
-# ---- fetching them: from a server on this machine that breaks, stalls, truncates and lies ------------------
+
+# ---- messages ----
+
+
+def test_a_text_is_shortened_to_one_line_that_ends_with_a_whole_word():
+    text = "offline mode\nis enabled:  unset HF_HUB_OFFLINE"
+    line = "offline mode is enabled: unset HF_HUB_OFFLINE"
+    assert data.shorten_text(text, len(line)) == line
+    for limit in range(12, len(line)):
+        short = data.shorten_text(text, limit)
+        kept = short.removesuffix(" ...")
+        assert len(short) <= limit
+        assert short != kept
+        assert line.startswith(kept + " ")
+    assert data.shorten_text("error: " + "x" * 50, 30) == "error: " + "x" * 19 + " ..."
+
+
+@pytest.mark.parametrize("rank, waits", [(None, []), ("0", []), ("1", [5])])
+def test_a_last_line_is_told_once_by_several_processes(rank, waits, monkeypatch, capsys):
+    """Torchrun ends the others once rank 0 has ended, so whoever waits is not heard."""
+    slept = []
+    monkeypatch.setattr(data.time, "sleep", slept.append)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stop:
+        data.exit_with_message(3, "train.py: error: no")
+    assert stop.value.code == 3
+    assert capsys.readouterr().err == "train.py: error: no\n"
+    assert slept == waits
+
+
+# ---- fetching them: from a server on this machine that breaks, stalls, truncates and lies ----
+
+
 @pytest.fixture
 def packed(tmp_path):
     """The bytes of a small RTE.zip, as the official archive is laid out."""
-    root, file = write_official(TASKS["rte"], tmp_path / "made"), io.BytesIO()
+    root = write_official(TASKS["rte"], tmp_path / "made")
+    file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for path in sorted((tmp_path / "made").rglob("*.jsonl")):
             archive.write(path, path.relative_to(root))
     return file.getvalue()
 
+
 @pytest.fixture
 def mirror(loopback, monkeypatch):
-    """mirror(answer): every address of ARCHIVES now leads to that server, and nobody waits between tries."""
+    """mirror(answer): all of ARCHIVES now leads to that server; nobody waits between tries."""
     def set_up(answer):
         monkeypatch.setenv("ARMADA_MIRROR", loopback(answer))
 
-    waits = []
-    monkeypatch.setattr(data.time, "sleep", waits.append)
-    set_up.waits = waits
+    set_up.waits = []
+    monkeypatch.setattr(data.time, "sleep", set_up.waits.append)
     return set_up
 
+
 def test_an_archive_is_fetched_once_from_the_mirror_and_unpacked(mirror, packed, tmp_path):
+    """The second call asks nobody, and nothing but the folder and its lock stays behind."""
     asked = []
-    mirror(lambda request, body: (asked.append(request.path), respond(request, packed)))
+
+    def answer(request, body):
+        asked.append(request.path)
+        respond(request, packed)
+
+    mirror(answer)
     folder = data.download(TASKS["rte"], tmp_path / "cache")
     assert len(load_task("rte", folder)["train"]) == 12
     assert {path.name for path in folder.iterdir()} <= {"RTE", "RTE.lock"}
@@ -155,24 +267,40 @@ def test_an_archive_is_fetched_once_from_the_mirror_and_unpacked(mirror, packed,
     with pytest.raises(UserError, match=r"\(12, 6\) rows in train and dev, not \(2490, 277\)"):
         load_task("rte", None, tmp_path / "cache")  # what we fetched ourselves must be whole
 
+
 def test_the_addresses_are_the_official_ones():
     """Written by hand, not read from the code: a typo here costs every user a download."""
-    glue = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "qqp": "QQP-clean", "mnli": "MNLI",
-            "qnli": "QNLIv2", "wnli": "WNLI"}
-    superglue = {"boolq": "BoolQ", "cb": "CB", "copa": "COPA", "rte": "RTE", "wic": "WiC", "wsc": "WSC"}
-    host = "https://dl.fbaipublicfiles.com"
-    expected = {**{name: f"{host}/glue/data/{file}.zip" for name, file in glue.items()},
-                **{name: f"{host}/glue/superglue/data/v2/{file}.zip" for name, file in superglue.items()}}
-    assert {name: data.SITE + path for name, path in data.ARCHIVES.items()} == expected
+    glue = "https://dl.fbaipublicfiles.com/glue/data"
+    superglue = "https://dl.fbaipublicfiles.com/glue/superglue/data/v2"
+    assert {name: data.SITE + path for name, path in data.ARCHIVES.items()} == {
+        "cola": f"{glue}/CoLA.zip",
+        "sst2": f"{glue}/SST-2.zip",
+        "stsb": f"{glue}/STS-B.zip",
+        "qqp": f"{glue}/QQP-clean.zip",
+        "mnli": f"{glue}/MNLI.zip",
+        "qnli": f"{glue}/QNLIv2.zip",
+        "wnli": f"{glue}/WNLI.zip",
+        "boolq": f"{superglue}/BoolQ.zip",
+        "cb": f"{superglue}/CB.zip",
+        "copa": f"{superglue}/COPA.zip",
+        "rte": f"{superglue}/RTE.zip",
+        "wic": f"{superglue}/WiC.zip",
+        "wsc": f"{superglue}/WSC.zip",
+    }
+
 
 def test_a_broken_transfer_goes_on_where_it_stopped_also_in_the_next_run(mirror, packed, tmp_path):
     ranges = []
 
     def answer(request, body):
         """Each answer stops after 300 bytes."""
-        ranges.append(request.headers.get("Range"))
-        start = int((ranges[-1] or "bytes=0-")[6:-1])
-        respond(request, packed[start:start + 300], 206 if start else 200, length=len(packed) - start)
+        wanted = request.headers.get("Range")
+        ranges.append(wanted)
+        start, status = 0, 200
+        if wanted:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            status = 206
+        respond(request, packed[start:start + 300], status, length=len(packed) - start)
 
     mirror(answer)
     for _ in range(len(packed) // 1200 + 1):
@@ -181,29 +309,38 @@ def test_a_broken_transfer_goes_on_where_it_stopped_also_in_the_next_run(mirror,
         except UserError as error:
             assert f"of {len(packed)} bytes came" in str(error)
     assert len(load_task("rte", folder)["train"]) == 12
+    # The last byte that came is asked for again.
     assert ranges == [None] + [f"bytes={start}-" for start in range(299, len(packed), 299)]
 
+
 def test_a_server_that_knows_no_ranges_is_asked_from_the_start(mirror, packed, tmp_path):
+    """Its second answer is the whole file: appended to what is there it would be a broken zip."""
     answers = iter([packed[:300], packed])
     mirror(lambda request, body: respond(request, next(answers), length=len(packed)))
+    url = f"{os.environ['ARMADA_MIRROR']}/RTE.zip"
     part = tmp_path / "part"
-    for whole in (False, True):
-        try:
-            data.transfer(f"{os.environ['ARMADA_MIRROR']}/RTE.zip", part)
-        except OSError:
-            assert not whole
+    with pytest.raises(OSError, match=f"300 of {len(packed)} bytes came"):
+        data.transfer(url, part)
+    data.transfer(url, part)
     assert part.read_bytes() == packed
 
-def test_an_overloaded_server_is_asked_again_after_growing_pauses_or_as_it_says(mirror, packed, tmp_path):
-    answers = iter([(b"", 503, None, {}), (b"", 429, None, {"Retry_After": "7"}), (packed, 200, None, {})])
+
+def test_an_overloaded_server_is_asked_again_after_growing_pauses_or_as_it_says(
+        mirror, packed, tmp_path):
+    answers = iter([
+        (b"", 503, {}),
+        (b"", 429, {"Retry_After": "7"}),
+        (packed, 200, {}),
+    ])
 
     def answer(request, body):
-        *how, headers = next(answers)
-        respond(request, *how, **headers)
+        content, status, headers = next(answers)
+        respond(request, content, status, **headers)
 
     mirror(answer)
     data.download(TASKS["rte"], tmp_path)
     assert mirror.waits == [1, 7]
+
 
 def test_a_server_that_asks_for_a_pause_of_hours_is_not_waited_for(mirror, tmp_path):
     mirror(lambda request, body: respond(request, b"", 503, Retry_After="7200"))
@@ -211,53 +348,83 @@ def test_a_server_that_asks_for_a_pause_of_hours_is_not_waited_for(mirror, tmp_p
         data.download(TASKS["rte"], tmp_path)
     assert mirror.waits == []
 
+
 def test_an_error_whose_text_is_cut_is_asked_again_too(mirror, packed, tmp_path):
     answers = iter([(b"sor", 503, 300), (packed,)])
     mirror(lambda request, body: respond(request, *next(answers)))
     assert (data.download(TASKS["rte"], tmp_path) / "RTE").is_dir()
 
+
+def test_an_error_whose_text_stalls_is_told_without_it():
+    def stall(size):
+        raise TimeoutError("timed out")
+
+    error = types.SimpleNamespace(code=503, reason="busy", read=stall)
+    assert data.describe_http_error(error).split() == ["503", "busy"]
+
+
 def test_a_line_that_stalls_is_given_up_after_a_while(mirror, tmp_path, monkeypatch):
     real = data.urllib.request.urlopen
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda request, timeout: real(request, timeout=0.1))
+    monkeypatch.setattr(data.urllib.request, "urlopen",
+                        lambda request, timeout: real(request, timeout=0.1))
     over = threading.Event()
     mirror(lambda request, body: over.wait(20))
     with pytest.raises(UserError, match="RTE.zip.*timed out"):
         data.download(TASKS["rte"], tmp_path)
     over.set()
 
-def climbing(name):
+
+def zip_with_member(name):
+    """The bytes of a zip file whose only member is called `name`."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(name, "mine")
     return file.getvalue()
 
+
 @pytest.mark.parametrize("status, body, says", [
-    (404, b"", "404"), (200, b"PK half of a zip file", "not a zip file"),
-    (200, climbing("../evil"), "evil would leave the folder"), (200, climbing("/etc/evil"), "would leave"),
-    (200, climbing("CB/train.jsonl"), "RTE")])
+    (404, b"", "404"),
+    (200, b"PK half of a zip file", "not a zip file"),
+    (200, zip_with_member("../evil"), "evil would leave the folder"),
+    (200, zip_with_member("/etc/evil"), "would leave"),
+    (200, zip_with_member("CB/train.jsonl"), "RTE"),
+])
 def test_an_archive_that_cannot_be_had_is_one_line_and_leaves_nothing(
         mirror, tmp_path, status, body, says):
+    """A folder or a part that stayed would be taken for the real one by the next run."""
     mirror(lambda request, _: respond(request, body, status))
     with pytest.raises(UserError, match=f"(?s)RTE.zip.*{says}") as error:
         load_task("rte", None, tmp_path / "cache")
-    assert "give --data-dir FOLDER" in str(error.value) and "\n" not in str(error.value)
+    assert "give --data-dir FOLDER" in str(error.value)
+    assert "\n" not in str(error.value)
     assert {path.name for path in tmp_path.rglob("*")} <= {"cache", "data", "RTE.lock"}
 
+
 def test_a_member_whose_checksum_is_wrong_is_refused(mirror, packed, tmp_path):
+    """The texts would still parse: only the checksum tells that a letter is another one."""
     damaged = packed.replace(b"stands here", b"stands Here", 1)
     mirror(lambda request, _: respond(request, damaged))
     with pytest.raises(UserError, match="damaged files .*CRC"):
         data.download(TASKS["rte"], tmp_path)
 
+
 def test_two_downloads_at_once_are_one(mirror, packed, tmp_path):
+    """Several processes of one run start at once on an empty cache."""
     asked = []
-    mirror(lambda request, _: (asked.append(1), respond(request, packed)))
-    threads = [threading.Thread(target=data.download, args=(TASKS["rte"], tmp_path)) for _ in range(3)]
+
+    def answer(request, body):
+        asked.append(request.path)
+        respond(request, packed)
+
+    mirror(answer)
+    arguments = (TASKS["rte"], tmp_path)
+    threads = [threading.Thread(target=data.download, args=arguments) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(asked) == 1
+
 
 def test_offline_uses_what_is_there_and_asks_for_nothing(mirror, packed, tmp_path, monkeypatch):
     mirror(lambda request, _: respond(request, packed))
@@ -268,115 +435,183 @@ def test_offline_uses_what_is_there_and_asks_for_nothing(mirror, packed, tmp_pat
     with pytest.raises(UserError, match="--offline, but there is no copy here of .*CB.zip"):
         data.download(TASKS["cb"], tmp_path)
 
+
 def test_mrpc_has_no_archive_and_the_error_says_where_to_put_its_files(tmp_path):
-    with pytest.raises(UserError, match="mrpc has no official archive: put MRPC/ .* give --data-dir FOLDER"):
+    says = "mrpc has no official archive: put MRPC/ .* give --data-dir FOLDER"
+    with pytest.raises(UserError, match=says):
         load_task("mrpc", None, tmp_path)
 
-# ---- objects -----------------------------------------------------------------------------------------------
+
+# ---- objects ----
+
+
+def objects_named(example):
+    """The objects that a question names, in order."""
+    words = example.fields["text"].replace("?", "").replace(":", "").split()
+    return [word for word in words if word in OBJECTS]
+
+
 def test_objects_shares_no_pair_between_splits_in_either_order_and_shows_every_object_in_training():
-    pairs = {split: [frozenset(w for w in e.fields["text"].replace("?", "").replace(":", "").split()
-                               if w in OBJECTS) for e in examples]
-             for split, examples in load_task("objects").items()}
-    assert all(len(pair) == 2 for split in pairs.values() for pair in split)
+    """Dev is new pairs of known words: of a word never read nothing can be known."""
+    pairs = {}
+    for split, examples in load_task("objects").items():
+        pairs[split] = [frozenset(objects_named(example)) for example in examples]
+    assert len(pairs["train"]) == 120
+    assert len(pairs["dev"]) == 500
     everything = pairs["train"] + pairs["dev"] + pairs["test"]
-    assert len(set(everything)) == len(everything) and len(pairs["train"]) == 120 and len(pairs["dev"]) == 500
+    assert all(len(pair) == 2 for pair in everything)
+    assert len(set(everything)) == len(everything)
     assert frozenset.union(*pairs["train"]) == OBJECTS.keys()
+
 
 def test_objects_labels_say_whether_the_first_named_object_is_the_larger_by_a_quarter_at_least():
     for example in load_task("objects")["dev"]:
-        first, second = [OBJECTS[w][0]
-                         for w in example.fields["text"].replace("?", "").replace(":", "").split()
-                         if w in OBJECTS]
-        assert example.label == (first > second) and max(first, second) >= 1.25 * min(first, second)
+        first, second = [OBJECTS[name][0] for name in objects_named(example)]
+        assert example.label == (first > second)
+        assert max(first, second) >= 1.25 * min(first, second)
 
-# ---- shortening --------------------------------------------------------------------------------------------
+
+# ---- shortening ----
+
 WORDS = [f"w{i}" for i in range(300)]
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return _tiny([" ".join(WORDS) + " what was the cause 1 2 : ?"])[1]
+    _, tokenizer = _tiny([" ".join(WORDS) + " what was the cause 1 2 : ?"])
+    return tokenizer
+
 
 def example_of(name, **fields):
     return Example(fields, 0, 0, f"{name}:1")
 
+
 @pytest.mark.parametrize("decoder", [False, True])
 def test_a_long_text_loses_the_end_of_its_longest_field_and_nothing_else(tokenizer, decoder):
-    example = example_of("rte", premise=" ".join(WORDS[:200]), hypothesis=" ".join(WORDS[200:210]))
+    premise, hypothesis = WORDS[:200], WORDS[200:210]
+    example = example_of("rte", premise=" ".join(premise), hypothesis=" ".join(hypothesis))
     rows, shortened = encode(TASKS["rte"], [example], tokenizer, 40, decoder)
     words = tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])
-    assert shortened == 1 and len(words) == 40
-    assert [w for w in words if w in WORDS[200:]] == WORDS[200:210]  # the hypothesis is whole
-    kept = [w for w in words if w in WORDS[:200]]
-    assert kept == WORDS[:len(kept)] and len(kept) >= 27  # the premise is a prefix, as long as fits
+    assert shortened == 1
+    assert len(words) == 40
+    assert [word for word in words if word in WORDS[200:]] == hypothesis  # whole
+    kept = [word for word in words if word in premise]
+    assert kept == premise[:len(kept)]  # a prefix
+    assert len(kept) >= 27  # as long as fits
+
 
 def test_two_long_fields_are_shortened_to_about_equal_length(tokenizer):
-    example = example_of("rte", premise=" ".join(WORDS[:150]), hypothesis=" ".join(WORDS[150:280]))
+    """To cut the longest alone would leave nothing of it where the second is as long."""
+    premise, hypothesis = WORDS[:150], WORDS[150:280]
+    example = example_of("rte", premise=" ".join(premise), hypothesis=" ".join(hypothesis))
     rows, _ = encode(TASKS["rte"], [example], tokenizer, 64, False)
     words = tokenizer.convert_ids_to_tokens(rows[0]["input_ids"])
-    counts = [sum(w in group for w in words) for group in (WORDS[:150], WORDS[150:])]
-    assert abs(counts[0] - counts[1]) <= 1 and sum(counts) == 61
+    of_premise = sum(word in premise for word in words)
+    of_hypothesis = sum(word in hypothesis for word in words)
+    assert abs(of_premise - of_hypothesis) <= 1
+    assert of_premise + of_hypothesis == 61
+
 
 def test_the_question_and_the_templates_own_words_are_never_shortened(tokenizer):
     example = example_of("copa", premise=" ".join(WORDS[:90]), question="cause",
                          choice1=" ".join(WORDS[90:180]), choice2="w299")
     rows, _ = encode(TASKS["copa"], [example], tokenizer, 32, False)
     text = tokenizer.decode(rows[0]["input_ids"])
-    assert "what was the cause ?" in text and "1 :" in text and "2 : w299" in text
+    assert "what was the cause ?" in text
+    assert "1 :" in text
+    assert "2 : w299" in text
     assert "question" in KEEP
+
 
 def test_a_maximum_too_small_for_what_must_stay_is_an_error_that_gives_the_number(tokenizer):
     example = example_of("boolq", question=" ".join(WORDS[:20]), passage="w50 w51")
-    with pytest.raises(UserError, match="--max-length 10 is too small for boolq:1.* takes 22 tokens"):
+    says = "--max-length 10 is too small for boolq:1.* takes 22 tokens"
+    with pytest.raises(UserError, match=says):
         encode(TASKS["boolq"], [example], tokenizer, 10, False)
+
+
+def test_a_task_all_of_whose_fields_must_stay_is_told_so_too(tokenizer):
+    task = data.Task("asked", "Asked", "{question}", None, ("no", "yes"))
+    example = example_of("asked", question=" ".join(WORDS[:20]))
+    with pytest.raises(UserError, match="--max-length 10 is too small for asked:1"):
+        encode(task, [example], tokenizer, 10, False)
+
 
 def test_texts_that_fit_are_left_alone(tokenizer):
     example = example_of("rte", premise="w1 w2", hypothesis="w3")
     rows, shortened = encode(TASKS["rte"], [example] * 3, tokenizer, 7, False)
-    assert shortened == 0 and rows[2]["input_ids"] == tokenizer("w1 w2", "w3")["input_ids"]
+    assert shortened == 0
+    assert rows[2]["input_ids"] == tokenizer("w1 w2", "w3")["input_ids"]
+
 
 def test_an_emoji_of_several_byte_tokens_can_be_cut_off():
-    """Byte-level tokenizers (OPT, RoBERTa, LLaMA) give all bytes of a character the same offsets."""
+    """Byte-level tokenizers (OPT, RoBERTa, LLaMA) give a character's bytes the same offsets."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    vocabulary = {byte: i for i, byte in enumerate(alphabet)}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
     raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
-    rows, shortened = encode(
-        TASKS["cola"], [example_of("cola", sentence="good \U0001F600")], byte_level, 8, True)
-    assert shortened == 1 and "".join(byte_level.convert_ids_to_tokens(rows[0]["input_ids"])) == "good"
+    example = example_of("cola", sentence="good \U0001F600")
+    rows, shortened = encode(TASKS["cola"], [example], byte_level, 8, True)
+    assert shortened == 1
+    assert "".join(byte_level.convert_ids_to_tokens(rows[0]["input_ids"])) == "good"
+
 
 def test_an_empty_second_text_costs_the_others_nothing(tokenizer):
+    """Whether a chunk is tokenised as pairs must not hang on any one of its examples."""
     examples = [example_of("rte", premise="w1", hypothesis=""),
                 example_of("rte", premise="w2", hypothesis="w3")]
     rows, _ = encode(TASKS["rte"], examples, tokenizer, 20, False)
     assert rows[1]["input_ids"] == tokenizer("w2", "w3")["input_ids"]
 
-# ---- batches -----------------------------------------------------------------------------------------------
+
+# ---- batches ----
+
+
+def random_lengths(n):
+    return [random.Random(i).randint(5, 100) for i in range(n)]
+
+
 @pytest.mark.parametrize("n, batch_size", [(100, 8), (7, 8), (8, 8), (1000, 32)])
 def test_every_row_comes_exactly_once_and_only_one_batch_is_short(n, batch_size):
-    lengths = [random.Random(i).randint(5, 100) for i in range(n)]
-    batches = length_grouped_batches(lengths, batch_size, seed=3)
+    batches = length_grouped_batches(random_lengths(n), batch_size, seed=3)
     assert sorted(row for batch in batches for row in batch) == list(range(n))
-    assert sorted(len(batch) for batch in batches)[1:] == [batch_size] * (len(batches) - 1)
+    sizes = sorted(len(batch) for batch in batches)
+    assert sizes[1:] == [batch_size] * (len(batches) - 1)
+
 
 def test_batches_depend_on_the_seed_alone_and_come_in_no_order_of_length():
-    lengths = [random.Random(i).randint(5, 100) for i in range(400)]
-    a, b, c = (length_grouped_batches(lengths, 8, seed) for seed in (1, 1, 2))
-    means = [sum(lengths[row] for row in batch) for batch in a]
-    assert a == b != c and means != sorted(means)
+    """Short texts first would be a curriculum, and one that epochs share."""
+    lengths = random_lengths(400)
+    batches = length_grouped_batches(lengths, 8, seed=1)
+    assert batches == length_grouped_batches(lengths, 8, seed=1)
+    assert batches != length_grouped_batches(lengths, 8, seed=2)
+    totals = [sum(lengths[row] for row in batch) for batch in batches]
+    assert totals[:16] != sorted(totals[:16])  # nor do those of one pool
+
 
 def test_grouping_saves_most_of_the_padding():
-    lengths = [random.Random(i).randint(5, 100) for i in range(1000)]
+    """Padding is paid for like text; batches at random are the baseline."""
+    lengths = random_lengths(1000)
     order = list(range(1000))
     random.Random(0).shuffle(order)
 
     def padding(batches):
-        return sum(max(lengths[r] for r in b) * len(b) - sum(lengths[r] for r in b) for b in batches)
+        """How many places of these batches hold no token."""
+        places = 0
+        for batch in batches:
+            batch_lengths = [lengths[row] for row in batch]
+            places += max(batch_lengths) * len(batch) - sum(batch_lengths)
+        return places
 
-    assert padding(length_grouped_batches(lengths, 16, 0)) < 0.25 * padding(
-        [order[i:i + 16] for i in range(0, 1000, 16)])
+    grouped = length_grouped_batches(lengths, 16, 0)
+    ungrouped = [order[i:i + 16] for i in range(0, 1000, 16)]
+    assert padding(grouped) < 0.25 * padding(ungrouped)
+
 
 def test_collate_pads_to_the_longest_row_of_the_batch_and_masks_the_padding():
-    rows = [{"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1]}, {"input_ids": [8], "token_type_ids": [1]}]
+    rows = [{"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1]},
+            {"input_ids": [8], "token_type_ids": [1]}]
     batch = collate(rows, pad_id=9)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
