@@ -12,6 +12,7 @@ Only the standard library is imported at the top, so that `python train.py --hel
 import argparse
 import contextlib
 import difflib
+import email.utils
 import functools
 import hashlib
 import itertools
@@ -35,7 +36,7 @@ class Example(NamedTuple):
 
     fields: dict  # the texts of one row, as they stand in the file
     label: int | float | tuple | None  # class id, score, None (official test rows); or references
-    idx: int  # what a submission file calls it
+    idx: int | str  # what a submission file calls it
     where: str  # "file:line", for messages
     output: str = ""  # for generation the text to learn
 
@@ -208,7 +209,8 @@ def encode(task, examples, tokenizer, max_length, decoder, max_new_tokens=0):
     To generate, input_ids is prompt, output and end-of-text; labels is the same with -100 ("no
     loss") for the prompt. Of max_length, max_new_tokens are the output's even if it is shorter:
     what is read of a prompt must not depend on its answer.
-    Raises UserError where max_length is too small for what may not be cut.
+    Raises UserError where max_length is too small for what may not be cut, and for a text of no
+    token, of which there is nothing to pool.
     """
     generates = task.kind == "generate"
     room = max_length
@@ -219,6 +221,9 @@ def encode(task, examples, tokenizer, max_length, decoder, max_new_tokens=0):
         rows += tokenise(task, examples[start:start + 1000], tokenizer, decoder)
     shortened = 0
     for i, example in enumerate(examples):
+        if not rows[i]["input_ids"]:
+            raise UserError(f"{example.where} holds no token of this student's: write a text, or "
+                            "leave the row out")
         was_cut = False
         while len(rows[i]["input_ids"]) > room:
             excess = len(rows[i]["input_ids"]) - room
@@ -249,7 +254,13 @@ def tokenise(task, examples, tokenizer, decoder):
             seconds = None
         encoded = tokenizer(firsts, seconds, verbose=False)
     keys = [key for key in wanted if key in encoded]
-    return [{key: encoded[key][i] for key in keys} for i in range(len(examples))]
+    rows = [{key: encoded[key][i] for key in keys} for i in range(len(examples))]
+    if task.kind == "generate":
+        for row in rows:
+            # Some tokenizers append end-of-text, behind which no answer would start.
+            if row["input_ids"][-1:] == [tokenizer.eos_token_id]:
+                row["input_ids"].pop()
+    return rows
 
 
 def cut_longest_field(example, tokenizer, max_length, excess):
@@ -260,8 +271,7 @@ def cut_longest_field(example, tokenizer, max_length, excess):
     spans = {}  # field -> [(first character, end) of each token]
     for name, text in example.fields.items():
         if name not in KEEP:
-            spans[name] = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True,
-                                    verbose=False)["offset_mapping"]
+            spans[name] = token_spans(tokenizer, text)["offset_mapping"]
     second, longest = sorted([0, 0, *map(len, spans.values())])[-2:]
     if longest == 0:
         raise UserError(f"--max-length {max_length} is too small for {example.where}: with nothing "
@@ -275,6 +285,18 @@ def cut_longest_field(example, tokenizer, max_length, excess):
     end = spans[name][keep][0]
     shorter = example.fields[name][:end].rstrip()
     return example._replace(fields={**example.fields, name: shorter})
+
+
+def token_spans(tokenizer, text):
+    """Return {"input_ids", "offset_mapping"}: of each token its id and (first character, end).
+
+    Raises UserError for a tokenizer that is written in Python alone, which knows no places.
+    """
+    if not tokenizer.is_fast:
+        raise UserError("this student's tokenizer does not tell where in a text its tokens stand, "
+                        "which shortening and answers need: raise --max-length, or give a student "
+                        "with a tokenizer.json")
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
 
 
 def append_output(row, output, tokenizer, max_new_tokens):
@@ -298,8 +320,7 @@ def answer_bags(task, examples, tokenizer):
     """
     bags = []
     for example in examples:
-        encoded = tokenizer(example.output, add_special_tokens=False, return_offsets_mapping=True,
-                            verbose=False)
+        encoded = token_spans(tokenizer, example.output)
         first, last = answer_span(task, example)
         bag = []
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
@@ -313,12 +334,13 @@ def answer_span(task, example):
     """Return (first character, end) of a bag's part of example.output, or (0, 0) for none."""
     if task.label_column != "answer":
         return 0, len(example.output)
-    answer = re.escape(re.sub(r"\.0+$", "", example.label[0]))  # 72.0 is written 72
-    pattern = rf"(?<![\w.,-]){answer}(?!\w|[.,]\d)"  # and not within 1,72 or 172
-    span = (0, 0)
-    for match in re.finditer(pattern, example.output):
-        span = match.span()  # the last one counts: the reasoning before it may name the same number
-    return span
+    for accepted in example.label:
+        answer = re.escape(re.sub(r"\.0+$", "", accepted))  # 72.0 is written 72
+        pattern = rf"(?<![\w.,-]){answer}(?!\w|[.,]\d)"  # and not within 1,72 or 172
+        matches = list(re.finditer(pattern, example.output))
+        if matches:
+            return matches[-1].span()  # the reasoning before it may name the same number
+    return 0, 0
 
 
 def answer_vocabulary(bags, size=1000):
@@ -654,13 +676,13 @@ def read_understanding_splits(task, folder):
     file_names = {}  # split -> name, where the two differ
     if task.name == "mnli":
         file_names = {"dev": "dev_matched", "test": "test_matched"}
-    if (folder / "train.jsonl").exists():
+    if os.path.exists(folder / "train.jsonl"):  # Path.exists raises on a name that is too long
         extension = "jsonl"
         file_names = {"dev": "val"}
     splits = {}
     for split in ("train", "dev", "dev_mismatched", "test", "test_mismatched"):
         path = folder / f"{file_names.get(split, split)}.{extension}"
-        if split in ("train", "dev") or path.exists():
+        if split in ("train", "dev") or os.path.exists(path):
             splits[split] = read_examples(task, path, split)
     return splits
 
@@ -670,7 +692,7 @@ def read_generation_splits(task, folder):
     *training_files, scored_file = task.files
     paths = [folder.parent / file for file in training_files]
     # If none is there, the reader says that the first one is missing.
-    path = next(filter(Path.exists, paths), paths[0])
+    path = next(filter(os.path.exists, paths), paths[0])
     examples = read_examples(task, path, "train")
     if len(examples) < 2:
         raise UserError(f"{path} has one row: a tenth of its rows, at least one, is to be dev")
@@ -693,7 +715,7 @@ def read_examples(task, path, split):
         # a row.
         with open(path, encoding="utf-8-sig", newline="\n") as file:
             examples = parse_file(task, file, path, split)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         # Of reasoning/ARC-Easy it is reasoning, where the training file lies.
         folder = task.folder.split("/")[0]
         more = ""
@@ -703,6 +725,9 @@ def read_examples(task, path, split):
                         f"the official files{more}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give --data-dir a folder of "
+                        "files that can") from None
     if not examples:
         raise UserError(f"{path} has no rows: fetch it again")
     return examples
@@ -714,10 +739,12 @@ def parse_file(task, file, path, split):
         rows = json_list_rows(file, path)
     elif path.suffix == ".jsonl":
         rows = jsonl_rows(file, path)
-    elif split.startswith("test"):
-        rows = tsv_rows(file, path)  # CoLA's test file has a header line, its others do not
     else:
-        rows = tsv_rows(file, path, task.header)
+        columns = task.header
+        if split.startswith("test"):
+            columns = ()  # CoLA's test file has a header line, its others do not
+        # Some rows of the first official QQP are broken; elsewhere a short row means damage.
+        rows = tsv_rows(file, path, columns, may_break=task.name == "qqp")
     examples = []
     for number, (where, row) in enumerate(rows):
         if task.kind == "generate":
@@ -728,19 +755,41 @@ def parse_file(task, file, path, split):
     return examples
 
 
-def tsv_rows(file, path, columns=()):
-    """Yield ("file:line", {column: text}); without `columns` the first line names them."""
+def tsv_rows(file, path, columns=(), may_break=False):
+    """Yield ("file:line", {column: text}); without `columns` the first line names them.
+
+    may_break: whether a text may hold a new line, which breaks its row over several lines. Such a
+    row, whose pieces have the right number of columns once joined, is left out and counted.
+    """
+    broken_rows = 0
+    joined = 0  # columns of the pieces so far
+    first_piece = ""
     for number, line in enumerate(file, 1):
         # GLUE's tsv is not quoted: a " is part of the text; a csv reader would swallow lines.
         values = line.rstrip("\r\n").split("\t")
+        if values == [""]:
+            continue
         if not columns:
             columns = values
             continue
         where = f"{path}:{number}"
-        if len(values) != len(columns):
-            raise UserError(f"{where} has {len(values)} columns, not {len(columns)}: "
-                            f"{', '.join(columns)}")
-        yield where, dict(zip(columns, values))
+        if joined == 0 and len(values) == len(columns):
+            yield where, dict(zip(columns, values))
+            continue
+        if joined == 0:
+            first_piece = f"{where} has {len(values)} columns"
+            joined = 1
+        joined += len(values) - 1
+        if not may_break or joined > len(columns):
+            break
+        if joined == len(columns):
+            broken_rows += 1
+            joined = 0
+    if joined:
+        raise UserError(f"{first_piece}, not {len(columns)}: {', '.join(columns)}")
+    if broken_rows and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: rows left out, since they are broken over several lines: {broken_rows}",
+              flush=True)
 
 
 def jsonl_rows(file, path):
@@ -768,8 +817,9 @@ def understanding_example(task, row, split, number, where):
     fields = read_fields(task, row, where)
     label = read_label(task, row, split, where)
     idx = row.get("idx")
-    if not isinstance(idx, int):
+    if type(idx) not in (int, str):  # a list, or a boolean, which is an int as well
         idx = number
+    check_text(str(idx), where)
     return Example(fields, label, idx, where)
 
 
@@ -779,15 +829,19 @@ def generation_example(task, row, number, where):
     fields = read_fields(task, row, where)
     outputs = as_list(row.get("output"))
     references = as_list(row.get(task.label_column))
+    if task.label_column == "answer":
+        references = list(map(spell_answer, references))
     all_texts = all(isinstance(text, str) for text in outputs + references)
     if not outputs or not references or not all_texts:
         raise UserError(f"{where} has no text 'output' or {task.label_column!r}: "
                         f"found {', '.join(row)}")
+    for text in outputs + references:
+        check_text(text, where)
     if task.label_column == "answer":
-        answer = references[0]
-        if not any(re.fullmatch(pattern, answer) for pattern in ANSWERS):
-            raise UserError(f"{where} has the answer {answer!r}: "
-                            "expected true, answer1 ..., A ... or a number")
+        for answer in references:
+            if not any(re.fullmatch(pattern, answer) for pattern in ANSWERS):
+                raise UserError(f"{where} has the answer {answer!r}: "
+                                "expected true, answer1 ..., A ... or a number")
     return Example(fields, tuple(references), number, where, outputs[0])
 
 
@@ -796,6 +850,19 @@ def as_list(value):
     if isinstance(value, list):
         return value
     return [value]
+
+
+def spell_answer(answer):
+    """Return JSON's true, 72.0 or 9.8 as the text files spell them: true, 72, 9.8."""
+    import numpy as np
+
+    if isinstance(answer, bool):
+        return str(answer).lower()
+    if isinstance(answer, int):
+        return str(answer)
+    if isinstance(answer, float):
+        return np.format_float_positional(answer, trim="-")  # never 1e-05
+    return answer
 
 
 def read_fields(task, row, where):
@@ -808,18 +875,22 @@ def read_fields(task, row, where):
             names = dict.fromkeys((name, column))
             wanted = " or ".join(map(repr, names))
             raise UserError(f"{where} has no text {wanted}: found {', '.join(row)}")
+        check_text(text, where)
         fields[name] = text
     return fields
 
 
 def read_label(task, row, split, where):
-    """Return the class id or the score (0 to 5) of a row; None where a test row has no label."""
+    """Return the class id or the score (0 to 5) of a row; None where a test row has no label.
+
+    Some copies of the official files give all test rows the label -1, which says the same.
+    """
     spelled = row.get(task.label_column)
-    if spelled is None and split.startswith("test"):
+    if split.startswith("test") and spelled in (None, -1, "-1", "-1.0"):
         return None
     if task.kind == "regress":
         wanted = "a number from 0 to 5"
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             score = float(spelled)
             if 0 <= score <= 5:  # which nan is not
                 return score
@@ -842,16 +913,52 @@ def mark_spans(row, where):
         target = row["target"]
         words = row["text"].split()
         spaces = re.split(r"\S+", row["text"])  # before, between and behind the words
-        for span, left, right in (("span1", "[", "]"), ("span2", "*", "*")):
-            first = target[f"{span}_index"]
-            last = first + len(target[f"{span}_text"].split()) - 1
-            words[first] = left + words[first]
-            words[last] += right
+        places = []
+        for span in ("span1", "span2"):
+            places.append(find_span(words, target[f"{span}_text"].split(), target[f"{span}_index"]))
     except (LookupError, TypeError, AttributeError):
         raise UserError(f"{where} has no text with two spans (text, target.span1_index ...)"
                         ) from None
+    for place, left, right in zip(places, ("[", "*"), ("]", "*")):
+        if place is None:
+            raise UserError(f"{where} has a span whose text stands neither at its index nor at "
+                            f"one other place: mend target, {target}")
+        first, last = place
+        words[first] = left + words[first]
+        words[last] += right
     text = "".join(space + word for space, word in zip(spaces, [*words, ""]))
     return {**row, **target, "text": text}
+
+
+def find_span(words, span, index):
+    """Return the positions of the first and the last word of a span that should be at `index`.
+
+    Where it is not (one official row counts wrongly), it is the nearest such span within three
+    words, or else the only one in the text. None: there is no such span, or it is one of several.
+    Raises LookupError where the index is none, which a negative one is not, or the span is empty.
+    """
+    is_index = type(index) is int and 0 <= index < len(words)
+    if not is_index or not span:
+        raise LookupError
+    text_words = list(map(bare_word, words))
+    span_words = list(map(bare_word, span))
+    matches = []
+    for first in range(len(words) - len(span) + 1):
+        if text_words[first:first + len(span)] == span_words:
+            matches.append(first)
+    near = [first for first in matches if abs(first - index) <= 3]
+    if near:
+        first = min(near, key=lambda match: abs(match - index))
+    elif len(matches) == 1:
+        first = matches[0]
+    else:
+        return None
+    return first, first + len(span) - 1
+
+
+def bare_word(word):
+    """Return a word in lower case without punctuation and without the 's of a possessive."""
+    return re.sub(r"['\u2019]s\b|\W", "", word.lower())
 
 
 # ---- fetching the official files ----
@@ -914,11 +1021,14 @@ def describe_http_error(error):
 
 
 def retry_after(error):
-    """Return the seconds that a server asks to wait; 0 where it says nothing, or a date."""
+    """Return the seconds that a server asks to wait, told as a number or a date; 0 for no word."""
     value = error.headers.get("Retry-After", "")
-    if value.isdigit():
-        return int(value)
-    return 0
+    seconds = 0.0
+    with contextlib.suppress(ValueError):
+        seconds = float(value)
+    with contextlib.suppress(ValueError, OverflowError):
+        seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    return max(0.0, seconds)  # of nan, too, 0
 
 
 def transfer(url, part):
@@ -936,11 +1046,19 @@ def transfer(url, part):
     if have:
         headers["Range"] = f"bytes={have}-"
     request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=20) as answer, open(part, "ab") as file:
+    try:
+        answer = urllib.request.urlopen(request, timeout=20)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:
+            raise
+        part.unlink()  # a stale one, longer than the file is now
+        return transfer(url, part)
+    with answer, open(part, "ab") as file:
         if answer.status != 206:  # a server that knows no ranges sends all of it
             have = 0
         file.truncate(have)
-        size = have + int(answer.headers["Content-Length"] or 0)
+        # None where the server announced no number, and for a mirror of file:///
+        size = have + (getattr(answer, "length", None) or 0)
         with tqdm(total=size, initial=have, unit="B", unit_scale=True, disable=None) as bar:
             while block := answer.read(1 << 16):
                 file.write(block)
@@ -980,17 +1098,23 @@ def fetch_archive(task, data_dir):
         part.rename(archive)  # a damaged one goes with the folder: the next try starts anew
         try:
             unpack(archive, scratch)
+            if not Path(scratch, task.folder).is_dir():
+                raise ValueError(f"no folder {task.folder} in them")
             os.rename(Path(scratch, task.folder), data_dir / task.folder)  # atomic: one file system
         except Exception as error:  # of many kinds, from zipfile, zlib and the file system
             raise UserError(f"{url} sent damaged files ({error}): try again, or {hint}") from None
 
 
 def unpack(path, folder):
-    """Unpack a zip file, unless a member's name would leave the folder (ValueError)."""
+    """Unpack a zip file; ValueError if a name would leave the folder or it would fill the disk."""
     with zipfile.ZipFile(path) as archive:  # which checks a sum of every member
         for name in archive.namelist():
-            if name.startswith(("/", "\\")) or ".." in Path(name).parts:
+            parts = re.split(r"[/\\]", name)
+            if parts[0] == "" or ":" in parts[0] or ".." in parts:  # /x, C:x, ../x
                 raise ValueError(f"its member {name} would leave the folder")
+        size = sum(member.file_size for member in archive.infolist())
+        if size > 100 * path.stat().st_size:  # texts shrink to a quarter, hardly to a hundredth
+            raise ValueError(f"it would grow to {size} bytes")
         archive.extractall(folder)
 
 
@@ -1018,14 +1142,14 @@ def check_available(name, file="config.json"):
     """
     import huggingface_hub as hub
 
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # unlike Path.is_dir, it does not raise on a name that is too long
         repo = str(Path(name).resolve())
     else:
         repo = SHORT_NAMES.get(name, name)
     how = {"pretrained_model_name_or_path": repo}
-    if Path(repo, file).is_file():
+    if os.path.isfile(Path(repo, file)):
         return how
-    if Path(repo).is_dir():
+    if os.path.isdir(repo):
         raise UserError(f"{name} holds no {file}: give a folder that save_pretrained wrote "
                         "(a LoRA's: load_student(...).merge().save(...) first)")
     try:
@@ -1053,17 +1177,18 @@ def check_available(name, file="config.json"):
 @contextlib.contextmanager
 def explain_loading(name):
     """Turn whatever transformers raises while it loads `name` into a UserError of one line."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except UserError:
         raise
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = shorten_text(str(error), 300)
+    except Exception as error:  # of a damaged folder it can be anything
+        reason = shorten_text(f"{type(error).__name__} {error}", 300)
         more = ""
         if re.search("entencepiece|tiktoken", str(error)):  # transformers names the wrong package
             more = "; pip install sentencepiece protobuf"
+        if "trust_remote_code" in str(error):  # it names a flag that we have not
+            reason = "it brings code of its own, which is never run here"
+            more = ": give a model that transformers knows by itself"
         raise UserError(f"could not load {name}: {reason}{more}") from None
 
 
@@ -1071,7 +1196,9 @@ def load_tokenizer(name, how):
     """Return a model's tokenizer, with a pad token; `how` is what check_available(name) gave."""
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**how, padding_side="right")
+    # Left alone, it asks at the keyboard whether to run a folder's own code.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        **how, padding_side="right", trust_remote_code=False)
     # Without its files transformers invents an empty tokenizer, to which every text is the same.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(f"{name} has no tokenizer files: copy tokenizer.json (or the vocabulary) "

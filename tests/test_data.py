@@ -716,3 +716,412 @@ def test_a_console_that_knows_only_ascii_gets_a_question_mark(monkeypatch):
     assert raw.getvalue() == b"81.5 ? 0.3\n"
     monkeypatch.setattr(data.sys, "stdout", io.StringIO())  # which cannot be reconfigured
     data.prepare_console()
+
+
+# ---- unusual rows: right, or refused in one line that names them -------------------------------
+
+
+def rewrite(path, change):
+    """Write change(rows) of a .jsonl or .tsv file's lines, or of a .json file's list of objects."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        path.write_text(json.dumps(change(json.loads(text))))
+    else:
+        path.write_text("\n".join(change(text.splitlines())) + "\n", encoding="utf-8")
+
+
+WSC_TEXT = "Ann told Bob that she saw her sister , said Ann's aunt; \"She won,\" he said."
+
+
+def read_wsc(folder, **target):
+    """The marked text of WSC_TEXT with Ann and she as spans, where `target` says no other."""
+    (folder / "WSC").mkdir()
+    whole = {"span1_index": 0, "span1_text": "Ann", "span2_index": 4, "span2_text": "she", **target}
+    row = {"text": WSC_TEXT, "label": False, "target": whole}
+    for name in ("train.jsonl", "val.jsonl"):
+        (folder / "WSC" / name).write_text(json.dumps(row) + "\n")
+    return load_task("wsc", folder)["train"][0].fields["text"]
+
+
+@pytest.mark.parametrize("target, marked", [
+    ({}, "[Ann] told Bob that *she*"),
+    ({"span1_text": "ANN"}, "[Ann] told"),                       # another case
+    ({"span1_text": "Bob,", "span1_index": 2}, "told [Bob] that"),  # other punctuation
+    ({"span1_index": 10}, "said [Ann's] aunt"),                   # a possessive, at its index
+    ({"span1_text": "Bob", "span1_index": 0}, "told [Bob] that"),  # two words off
+    ({"span2_index": 3}, "that *she* saw"),                      # one word off, though it is twice
+    ({"span2_index": 14}, "aunt; *\"She* won"),                  # at the other one
+    ({"span1_text": "said Ann's aunt", "span1_index": 9}, "[said Ann's aunt;]"),
+    ({"span1_text": "Bob", "span1_index": 14}, "told [Bob] that"),  # far off, but the only one
+])
+def test_wsc_marks_the_words_of_a_span_and_not_whatever_its_index_says(tmp_path, target, marked):
+    assert marked in read_wsc(tmp_path, **target)
+
+
+@pytest.mark.parametrize("target, says", [
+    ({"span1_text": "Carol"}, "whose text stands neither at its index"),
+    ({"span2_text": "sh"}, "whose text stands neither at its index"),
+    ({"span2_index": 8}, "neither at its index nor at one other place"),  # four words from either
+    ({"span2_index": -12}, "no text with two spans"),  # from the end it would be right
+    ({"span2_index": 99}, "no text with two spans"),
+    ({"span2_index": 10**400}, "no text with two spans"),
+    ({"span2_index": "4"}, "no text with two spans"),
+    ({"span2_index": 4.0}, "no text with two spans"),
+    ({"span2_text": " "}, "no text with two spans"),
+    ({"span2_text": None}, "no text with two spans"),
+])
+def test_wsc_refuses_a_row_whose_span_is_not_to_be_found(tmp_path, target, says):
+    with pytest.raises(UserError, match=rf"train.jsonl:1 has .*{says}"):
+        read_wsc(tmp_path, **target)
+
+
+def test_an_idx_is_kept_as_the_file_has_it(tmp_path):
+    root = write_official(TASKS["rte"], tmp_path)
+    values = ["a-7", 70, True, None, 1.5, [3]]
+
+    def change(lines):
+        rows = [{**json.loads(line), "idx": value} for line, value in zip(lines, values)]
+        return map(json.dumps, rows)
+
+    rewrite(tmp_path / "RTE/val.jsonl", change)
+    ids = [example.idx for example in load_task("rte", root)["dev"]]
+    assert ids == ["a-7", 70, 2, 3, 4, 5]  # what is no name is the row's number
+
+
+@pytest.mark.parametrize("spelled", [-1, None, "-1", "-1.0", -1.0])
+def test_a_test_row_may_say_that_its_label_is_unknown(tmp_path, spelled):
+    root = write_official(TASKS["rte"], tmp_path)
+
+    def change(lines):
+        last = {**json.loads(lines[1]), "label": "not_entailment"}
+        return [json.dumps({**json.loads(lines[0]), "label": spelled}), json.dumps(last)]
+
+    rewrite(tmp_path / "RTE/test.jsonl", change)
+    assert [example.label for example in load_task("rte", root)["test"]] == [None, 1]
+    rewrite(tmp_path / "RTE/val.jsonl", change)
+    with pytest.raises(UserError, match="val.jsonl:1 has the label"):
+        load_task("rte", root)
+
+
+def test_blank_lines_are_no_rows_and_lines_keep_their_numbers(tmp_path):
+    root = write_official(TASKS["rte"], tmp_path)
+    rewrite(tmp_path / "RTE/train.jsonl", lambda lines: ["", lines[0], "  \t", *lines[1:], "", ""])
+    examples = load_task("rte", root)["train"]
+    assert len(examples) == 12
+    assert [example.where.rpartition(":")[2] for example in examples[:3]] == ["2", "4", "5"]
+
+
+def write_answers(folder, answers):
+    """A folder whose addsub test has these answers, one row each."""
+    rows = [{"instruction": "how many?", "input": "", "output": "The answer is 7.", "answer": answer}
+            for answer in answers]
+    (folder / "reasoning/AddSub").mkdir(parents=True)
+    (folder / "reasoning/train_math.json").write_text(json.dumps(rows[:1] * 2))
+    (folder / "reasoning/AddSub/test.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_an_answer_may_be_a_number_a_boolean_or_a_list_of_accepted_ones(tmp_path):
+    """As in math_data.json of LLM-Adapters; the other files spell them "72.0", "9.8", "true"."""
+    answers = ["72.0", 72, 72.0, 9.8, 1e-05, -0.5, 1430.0, True, False, [68.0], ["A"],
+               [1, "one half", 0.5][::2], ["true", False]]
+    examples = load_task("reason/addsub", write_answers(tmp_path, answers))["test"]
+    assert [example.label for example in examples] == [
+        ("72.0",), ("72",), ("72",), ("9.8",), ("0.00001",), ("-0.5",), ("1430",), ("true",),
+        ("false",), ("68",), ("A",), ("1", "0.5"), ("true", "false")]
+
+
+@pytest.mark.parametrize("answer", [None, {}, [], [None], [["A"]], float("inf"), float("nan"),
+                                    "perhaps", ["7", "perhaps"], ["7", "\ud800"]])
+def test_an_answer_that_nothing_can_be_compared_with_is_refused(tmp_path, answer):
+    with pytest.raises(UserError, match=r"test.json:2 (has|holds) "):
+        load_task("reason/addsub", write_answers(tmp_path, ["7", answer]))
+
+
+def test_a_bag_is_of_the_accepted_answer_that_the_output_names():
+    tokenizer = _tiny(["the answer is 7 or 8"])[1]
+    for answers, word in ((("8", "7"), "7"), (("7", "8"), "7"), (("8",), None)):
+        example = Example({}, answers, 0, "x:1", "the answer is 7")
+        bag, = data.answer_bags(TASKS["reason/addsub"], [example], tokenizer)
+        assert tokenizer.convert_ids_to_tokens(bag) == [word] * (word is not None)
+
+
+def test_a_row_broken_over_several_lines_is_left_out_and_counted(tmp_path, capsys):
+    """The first official QQP has texts with a new line in them."""
+    root = write_official(TASKS["qqp"], tmp_path)
+    whole = load_task("qqp", root)["train"]
+    assert capsys.readouterr().out == ""
+    rewrite(tmp_path / "QQP/train.tsv", lambda lines: [
+        *lines[:4],
+        lines[4].replace(" stands", "\nstands", 1),     # in the first question
+        lines[5].replace(" here .\t0", "\n\nhere .\t0"),  # in the second, with an empty line
+        lines[6].replace(" ", "\n"),                    # in both, several times
+        *lines[7:]])
+    examples = load_task("qqp", root)["train"]
+    kept = [example.fields for example in whole[:3] + whole[6:]]
+    assert [example.fields for example in examples] == kept
+    assert examples[3].where.endswith("train.tsv:17")
+    printed = capsys.readouterr().out
+    assert printed == (f"{tmp_path}/QQP/train.tsv: rows left out, since they are broken over "
+                       "several lines: 3\n")
+
+
+@pytest.mark.parametrize("change", [
+    lambda lines: [*lines[:3], lines[3].rpartition("\t")[0], *lines[4:]],  # a column is lost
+    lambda lines: [*lines[:3], lines[3].replace("\t", "\t\t", 1), *lines[4:]],  # one too many
+    lambda lines: [*lines[:3], lines[3].replace("\t", " ")],  # at the end of the file
+    lambda lines: [*lines[:3], "a piece", "with\tfour\tcolumns\t1"],
+])
+def test_a_damaged_row_is_no_broken_one(tmp_path, change):
+    root = write_official(TASKS["qqp"], tmp_path)
+    rewrite(tmp_path / "QQP/train.tsv", change)
+    with pytest.raises(UserError, match=r"train.tsv:4 has \d columns, not 3: question1"):
+        load_task("qqp", root)
+
+
+def test_in_other_files_a_broken_row_is_damage(tmp_path):
+    root = write_official(TASKS["wnli"], tmp_path)
+    rewrite(tmp_path / "WNLI/dev.tsv", lambda lines: [lines[0], lines[1].replace(" ", "\n", 1)])
+    with pytest.raises(UserError, match="dev.tsv:2 has 1 columns, not 3"):
+        load_task("wnli", root)
+
+
+def test_the_official_form_of_a_broken_row_has_six_columns(tmp_path):
+    """As in line 97,931 of the first official file: three columns are left of a row."""
+    (tmp_path / "QQP").mkdir()
+    text = ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+            "1\t3\t4\twho is it?\twho was it?\t0\n"
+            "2\t5\t6\t\"\n\"\twas it real?\t0\n"
+            "3\t7\t8\twhat is it?\t\"\nwhat\n\t1\n"
+            "4\t9\t1\twhere is it?\twhere was it?\t1\n")
+    for name in ("train", "dev"):
+        (tmp_path / f"QQP/{name}.tsv").write_text(text)
+    examples = load_task("qqp", tmp_path)["dev"]
+    assert [(example.label, example.where[-1]) for example in examples] == [(0, "2"), (1, "8")]
+
+
+HOSTILE = ["[" * 10**5, "9" * 5000, "1e999", "1" + "0" * 400, "NaN", "{}", '"\\ud800"', "[[[]]]"]
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: value[:9])
+@pytest.mark.parametrize("key", ["premise", "label"])
+def test_a_hostile_value_is_one_line_that_names_file_and_line(tmp_path, key, value):
+    root = write_official(TASKS["rte"], tmp_path)
+    row = json.dumps({"premise": "p", "hypothesis": "h", "label": "entailment", key: "HERE"})
+    rewrite(tmp_path / "RTE/val.jsonl", lambda lines: [lines[0], row.replace('"HERE"', value)])
+    with pytest.raises(UserError, match="RTE/val.jsonl:2 ") as error:
+        load_task("rte", root)
+    assert len(str(error.value)) <= 1000
+
+
+@pytest.mark.parametrize("score", ["1" + "0" * 400, "9" * 5000, "1e999", "-1e999", "nan", ""])
+def test_a_score_of_any_size_is_one_line(tmp_path, score):
+    root = write_official(TASKS["stsb"], tmp_path)
+    rewrite(tmp_path / "STS-B/dev.tsv",
+            lambda lines: [*lines[:2], lines[2].rpartition("\t")[0] + "\t" + score])
+    with pytest.raises(UserError, match="dev.tsv:3 has the label .*a number from 0 to 5"):
+        load_task("stsb", root)
+
+
+@pytest.mark.parametrize("column", ["instruction", "input", "output", "answer"])
+def test_half_of_a_character_in_any_text_names_the_row(tmp_path, column):
+    row = {"instruction": "how many?", "input": "", "output": "7", "answer": "7"}
+    folder = write_answers(tmp_path, ["7"])
+    rewrite(tmp_path / "reasoning/train_math.json",
+            lambda rows: [row, {**row, column: "7 \ud83d"}])
+    with pytest.raises(UserError, match=r"train_math.json:2 holds half of a character"):
+        load_task("reason/addsub", folder)
+
+
+def test_a_data_folder_of_any_name_is_one_line(tmp_path):
+    for name in ("x" * 5000, "no\nfolder", str(tmp_path / "file")):
+        (tmp_path / "file").touch()
+        with pytest.raises(UserError, match="give --data-dir") as error:
+            load_task("rte", name)
+        assert str(error.value).isprintable()
+    (tmp_path / "RTE/train.tsv").mkdir(parents=True)
+    with pytest.raises(UserError, match="RTE/train.tsv cannot be read"):
+        load_task("rte", tmp_path)
+
+
+# ---- texts without a token, tokenizers of any sort ---------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t"])
+def test_a_text_of_no_token_is_refused_where_nothing_else_would_be_read(tokenizer, text):
+    """An encoder still reads [CLS]; of no token at all there is nothing to pool."""
+    examples = [example_of("cola", sentence="w1"), example_of("cola", sentence=text)]
+    rows, _ = encode(TASKS["cola"], examples, tokenizer, 20, False)
+    assert rows[1]["input_ids"] == tokenizer("")["input_ids"] != []
+
+    bare = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({"w1": 0, "?": 1}, "?")))
+    bare.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match="cola:1 holds no token"):
+        encode(TASKS["cola"], examples, bare, 20, True)
+
+
+def test_a_prompt_never_ends_with_the_end_of_text_that_a_tokenizer_appends(causal_folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(causal_folder())
+    example = Example({"instruction": "say a", "input": ""}, ("a",), 0, "x:1", "a")
+    plain, _ = encode(TASKS["instruct/dolly"], [example], tokenizer, 512, True, 16)
+    eos = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)])
+    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    assert encode(TASKS["instruct/dolly"], [example], tokenizer, 512, True, 16)[0] == plain
+
+
+def test_a_tokenizer_that_knows_no_places_is_refused_where_they_are_needed():
+    """Those that are written in Python alone return no offsets, and say nothing."""
+    byte_tokenizer = transformers.ByT5Tokenizer()
+    short = [example_of("cola", sentence="good")]
+    assert len(encode(TASKS["cola"], short, byte_tokenizer, 8, False)[0]) == 1
+    with pytest.raises(UserError, match="where in a text its tokens stand"):
+        encode(TASKS["cola"], [example_of("cola", sentence="good morning")], byte_tokenizer, 8, False)
+
+
+# ---- servers and archives of any sort ----------------------------------------------------------
+
+
+def test_a_stale_part_that_is_longer_than_the_file_is_fetched_anew(mirror, packed, tmp_path):
+    ranges = []
+
+    def answer(request, body):
+        ranges.append(request.headers.get("Range"))
+        start = int((ranges[-1] or "bytes=0-")[6:-1])
+        if start >= len(packed):
+            respond(request, b"", 416)
+        else:
+            respond(request, packed[start:], 206 if start else 200)
+
+    mirror(answer)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/RTE.zip.part").write_bytes(b"x" * 99999)
+    assert (data.download(TASKS["rte"], tmp_path) / "RTE").is_dir()
+    assert ranges == ["bytes=99998-", None]
+
+
+def test_a_server_that_always_answers_416_is_not_asked_for_ever(mirror, tmp_path):
+    asked = []
+    mirror(lambda request, body: (asked.append(1), respond(request, b"", 416)))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/RTE.zip.part").write_bytes(b"x" * 99)
+    with pytest.raises(UserError, match="RTE.zip.* 416 "):
+        data.download(TASKS["rte"], tmp_path)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("length", [None, "many", "-5", "9" * 5000])
+def test_a_length_that_is_absent_or_no_number_is_done_without(mirror, packed, tmp_path, length):
+    def answer(request, body):
+        request.send_response(200)
+        if length is not None:
+            request.send_header("Content-Length", length)
+        request.end_headers()
+        request.wfile.write(packed)
+
+    mirror(answer)
+    assert (data.download(TASKS["rte"], tmp_path) / "RTE").is_dir()
+
+
+def test_a_redirect_is_followed_and_a_circle_is_one_line(mirror, packed, tmp_path):
+    def answer(request, body):
+        if request.path.startswith("/moved"):
+            respond(request, packed)
+        elif "CB" in request.path:
+            respond(request, b"", 302, Location=request.path)
+        else:
+            respond(request, b"", 301, Location="/moved" + request.path)
+
+    mirror(answer)
+    assert (data.download(TASKS["rte"], tmp_path) / "RTE").is_dir()
+    with pytest.raises(UserError, match="CB.zip.* 302 "):
+        data.download(TASKS["cb"], tmp_path)
+
+
+@pytest.mark.parametrize("asks, waited", [
+    ("7.5", 7.5), ("-5", 1), ("soon", 1), ("", 1), ("²", 1), ("nan", 1),
+    ("Thu, 01 Jan 1970 00:02:10 GMT", 30),   # the clock below stands at 100 seconds
+    ("Thu, 01 Jan 1970 00:00:10 GMT", 1),    # in the past
+    ("9" * 5000, None), ("1e999", None), ("Fri, 31 Dec 9999 23:59:59 GMT", None),
+])
+def test_whatever_pause_a_server_asks_for_is_understood(mirror, packed, tmp_path, monkeypatch,
+                                                        asks, waited):
+    """None: it is too long to be waited for."""
+    answers = iter([(b"", 503, {"Retry_After": asks}), (packed, 200, {})])
+
+    def answer(request, body):
+        content, status, headers = next(answers)
+        respond(request, content, status, **headers)
+
+    mirror(answer)
+    monkeypatch.setattr(data.time, "time", lambda: 100.0)
+    if waited is None:
+        with pytest.raises(UserError, match="503"):
+            data.download(TASKS["rte"], tmp_path)
+        assert mirror.waits == []
+    else:
+        data.download(TASKS["rte"], tmp_path)
+        assert mirror.waits == [waited]
+
+
+def zip_of(**options):
+    """zip_of(name=text, ...): the bytes of a compressed zip file."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in options.items():
+            archive.writestr(name, text)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("members, says", [
+    ({"..\\evil": "x"}, "would leave"), ({"\\evil": "x"}, "would leave"),
+    ({"C:\\evil": "x"}, "would leave"), ({"RTE/../../evil": "x"}, "would leave"),
+    ({"RTE": "a file"}, "no folder RTE"), ({}, "no folder RTE"),
+    ({"RTE/train.jsonl": " " * 10**6}, "would grow to 1000000 bytes"),
+])
+def test_a_strange_archive_is_one_line_and_leaves_nothing(mirror, tmp_path, members, says):
+    mirror(lambda request, _: respond(request, zip_of(**members)))
+    with pytest.raises(UserError, match=f"damaged files .*{says}"):
+        data.download(TASKS["rte"], tmp_path / "cache")
+    assert {path.name for path in tmp_path.rglob("*")} <= {"cache", "data", "RTE.lock"}
+
+
+def test_an_archive_may_hold_folders_of_their_own(mirror, packed, tmp_path):
+    file = io.BytesIO(packed)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("__MACOSX/", "")
+        archive.writestr("RTE/empty/", "")
+    mirror(lambda request, _: respond(request, file.getvalue()))
+    folder = data.download(TASKS["rte"], tmp_path)
+    assert len(load_task("rte", folder)["train"]) == 12
+
+
+# ---- models of any sort ------------------------------------------------------------------------
+
+
+def test_a_model_with_code_of_its_own_is_one_line_and_none_of_it_runs(tmp_path, capfd):
+    (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
+    automatic = {"auto_map": {"AutoConfig": "code.A", "AutoTokenizer": ["code.B", None]}}
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps({"model_type": "odd", **automatic}))
+    with pytest.raises(UserError, match="could not load it: it brings code of its own") as error:
+        with data.explain_loading("it"):
+            data.load_tokenizer("it", data.check_available(str(tmp_path)))
+    assert "trust_remote_code" not in str(error.value)
+    assert "run the custom code" not in capfd.readouterr().out  # nor is the keyboard asked
+
+
+@pytest.mark.parametrize("error", [TypeError("x"), AttributeError("x"), IndexError("x"), EOFError(),
+                                   AssertionError(), MemoryError(), RecursionError("x")])
+def test_whatever_loading_raises_is_one_line(error):
+    with pytest.raises(UserError, match=f"^could not load it: {type(error).__name__}"):
+        with data.explain_loading("it"):
+            raise error
+
+
+def test_a_model_name_of_any_length_is_one_line():
+    with pytest.raises(UserError, match="could not fetch x") as error:
+        data.check_available("x" * 5000)
+    assert len(str(error.value)) <= 1000
