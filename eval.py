@@ -18,7 +18,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from data import ANSWERS, Parser, UserError, encode, find_task, load_task, seed_of
+from data import (ANSWERS, TASKS, Parser, UserError, encode, exit_with_message, find_task, known,
+                  load_task, parse_json, prepare_console, read_json, seed_of)
 
 NUMBER = ANSWERS[-1]  # the one family of answers that are compared by value, not by spelling
 
@@ -30,7 +31,8 @@ def compute_metrics(task_name, predictions, labels):
 
     Both arguments hold N class ids or N scores. Where the task is to generate, predictions are N
     texts and labels N tuples of reference texts. A value that is undefined, such as the
-    correlation with a constant, is 0. Raises ValueError for lists that do not match.
+    correlation with a constant, is 0. Raises ValueError for lists that do not match, and for what
+    is not finite.
     """
     task = find_task(task_name)
     if task.kind == "generate":
@@ -40,6 +42,8 @@ def compute_metrics(task_name, predictions, labels):
     if p.shape != y.shape or p.ndim != 1 or not len(p):
         raise ValueError(
             f"predictions {p.shape} and labels {y.shape} must be two equal, non-empty lists")
+    check_finite(p, "a prediction")
+    check_finite(y, "a label")
     # With two classes F1 is that of "yes"; with more it is the mean over the classes seen.
     classes = [1]
     if len(task.labels) > 2:
@@ -52,6 +56,19 @@ def compute_metrics(task_name, predictions, labels):
         "spearman": correlation(ranks(p), ranks(y)),
     }
     return {name: float(values[name]) for name in task.metrics}
+
+
+DIVERGED = ("is not a finite number, as of a student that diverged: train it again with a smaller "
+            "--lr, or leave it out")
+
+
+def check_finite(values, what):
+    """Raise a UserError that begins with `what` unless all numbers are finite.
+
+    Whatever is compared with nan is False: it would pass for a wrong answer, and for a p of 0.
+    """
+    if not np.isfinite(values).all():
+        raise UserError(f"{what} {DIVERGED}")
 
 
 def mean_f1(p, y, classes):
@@ -89,6 +106,11 @@ def ranks(values):
 
 def generation_metrics(task, outputs, references):
     """Score N generated texts against N tuples of reference texts: {name: float}."""
+    if len(outputs) != len(references) or not len(outputs):
+        raise ValueError(f"{len(outputs)} texts and {len(references)} tuples of references must be "
+                         "two equal, non-empty lists")
+    if any(isinstance(accepted, str) for accepted in references):
+        raise ValueError("each text needs a tuple of references, not one string")
     if "accuracy" in task.metrics:
         return answer_metrics(outputs, references)
     return rouge_metrics(outputs, references)
@@ -98,11 +120,26 @@ def answer_metrics(outputs, references):
     """Return how often the extracted answer is right and how often there is one ("answered")."""
     right = []
     answered = []
-    for output, (reference,) in zip(outputs, references):
-        answer = extract_answer(output, reference)
-        right.append(is_right(answer, reference))
+    for output, accepted in zip(outputs, references):
+        answer, answer_is_right = best_answer(output, accepted)
+        right.append(answer_is_right)
         answered.append(answer is not None)
     return {"accuracy": float(np.mean(right)), "answered": float(np.mean(answered))}
+
+
+def best_answer(output, references):
+    """Return (what a text answers, whether that is one of the accepted references).
+
+    Each reference tells where to look. If none is met, the first answer that was found counts.
+    """
+    first = None
+    for reference in references:
+        answer = extract_answer(output, reference)
+        if is_right(answer, reference):
+            return answer, True
+        if first is None:
+            first = answer
+    return first, False
 
 
 def is_right(answer, reference):
@@ -123,17 +160,23 @@ def extract_answer(text, reference):
     The reference tells what an answer looks like (data.ANSWERS). It is looked for in the sentence
     after the last "answer is": there it is the first word or letter, but the last number, as in
     "the answer is 3 + 4 = 7". Where that finds nothing, it is the last one in the whole text.
+    Raises UserError for a reference that is no answer.
     """
     # DEVIATION: LLM-Adapters takes the first letter or word anywhere, such as the A of
     # "A man has ...".
-    family = next(family for family in ANSWERS if re.fullmatch(family, reference))
+    text = plain_numbers(text)
+    families = [family for family in ANSWERS if re.fullmatch(family, plain_numbers(reference))]
+    if not families:
+        raise UserError(f"the reference {reference!r} is no answer: "
+                        "expected true, answer1 ..., A ... or a number")
+    family = families[0]
     pattern = family
     if family != NUMBER:
         pattern = rf"(?<![A-Za-z0-9]){family}(?![A-Za-z0-9])"  # whole words only
 
-    _, marker, rest = text.rpartition("answer is")
-    if marker:
-        sentence = re.split(r"\.\s|\n", rest)[0]  # the point in 3.5 does not end a sentence
+    parts = re.split(r"(?i)answer\s+is", text)
+    if len(parts) > 1:
+        sentence = re.split(r"\.\s|\n", parts[-1])[0]  # the point in 3.5 does not end a sentence
         in_sentence = re.findall(pattern, sentence)
         if in_sentence and family == NUMBER:
             return normalise(in_sentence[-1])
@@ -147,7 +190,19 @@ def extract_answer(text, reference):
 
 def normalise(answer):
     """Spell an answer so that equal ones are equal strings: in lower case, 1,234 as 1234."""
-    return answer.lower().replace(",", "")
+    return plain_numbers(answer).lower().replace(",", "")
+
+
+def plain_numbers(text):
+    """Spell a text's numbers as on a keyboard: \u22125 as -5, and 1\u202f234 or 1'234 as 1234."""
+    text = re.sub(MINUS, "-", text)
+    return re.sub(THOUSANDS, "", text)
+
+
+# The minus sign, and the hyphens and the short dash that are typed or printed for it.
+MINUS = "[\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d]"
+# Between a digit and just three of them: unbreakable and thin spaces, and what stands for a comma.
+THOUSANDS = r"(?<=\d)[\u00a0\u2009\u202f'\u2019_](?=\d{3}(?!\d))"
 
 
 def rouge_metrics(outputs, references):
@@ -201,11 +256,27 @@ def rouge_l(output, reference):
 
 
 def score(task, examples, answers):
-    """Return the metrics of a split; None where labels are unknown (the official test sets)."""
-    labels = [example.label for example in examples]
-    if labels[0] is None:
+    """Return the metrics over the rows with a label; None where no row has one (official tests).
+
+    Where only some rows have one, a line on stderr says how many.
+    """
+    if task.kind != "generate":
+        check_finite(answers, "a prediction")
+    scored = []  # the answers to the rows with a label
+    labels = []
+    for example, answer in zip(examples, answers, strict=True):
+        if example.label is not None:
+            scored.append(answer)
+            labels.append(example.label)
+    if not labels:
         return None
-    return compute_metrics(task.name, answers, labels)
+    if len(labels) < len(examples):
+        from student import rank
+        path, _, _ = examples[0].where.rpartition(":")
+        if rank() == 0:  # of several processes one says so
+            print(f"{path}: {len(labels)} of {len(examples)} rows have a label, only they are "
+                  "scored", file=sys.stderr)
+    return compute_metrics(task.name, scored, labels)
 
 
 # ---- are the two spaces aligned? ----
@@ -217,6 +288,8 @@ def retrieval_at_1(p_t, p_s):
     both spaces in the SAME coordinates: a rotation of one of them, which linear_cka does not see,
     destroys it.
     """
+    check_finite(p_t, "a picture's projection")
+    check_finite(p_s, "a text's projection")
     similarity = unit_rows(p_s) @ unit_rows(p_t).T                # (N, N), text by picture
     best = similarity.max(axis=1, keepdims=True)                  # (N, 1)
     nearest = similarity >= best - 1e-9                           # (N, N), ties up to rounding
@@ -238,6 +311,8 @@ def linear_cka(p_t, p_s):
     (Kornblith et al. 2019). Use it to compare arms: of unrelated arrays it is near 0 only if
     N >> d. It is computed from matrices (N, N), since <X X^T, Y Y^T> = |X^T Y|^2.
     """
+    check_finite(p_t, "a picture's projection")
+    check_finite(p_s, "a text's projection")
     x = p_t - p_t.mean(axis=0, dtype=float)                       # (N, d)
     y = p_s - p_s.mean(axis=0, dtype=float)                       # (N, d)
     k = x @ x.T                                                   # (N, N)
@@ -256,8 +331,12 @@ def compare(scores, controls, level=0.05):
     WORSE means below the best one, at significance `level`. Holm's correction is over an arm's
     controls, so an arm that equals them gets a verdict with probability `level` at most; nothing
     corrects over the arms. "comparisons" holds the numbers, control by control, and "to_armada"
-    those of an ablation against armada, without a verdict.
+    those of an ablation against armada, without a verdict. Raises UserError, which names arm and
+    seed, for a score that is not finite.
     """
+    for arm, by_seed in scores.items():
+        for seed, score_of_seed in by_seed.items():
+            check_finite(score_of_seed, f"arm {arm}, seed {seed}: the score {score_of_seed}")
     answer = {}
     for arm, by_seed in scores.items():
         opponents = [name for name in controls if name != arm]
@@ -346,6 +425,7 @@ def sign_flip_p(differences, draws=100_000):
     a fair coin each. Exact over all 2^n flips up to n = 16, else by Monte Carlo. The p of n
     seeds cannot go below 2 / 2^n: that of five is .0625 at best.
     """
+    check_finite(differences, "a difference")
     d = np.asarray(differences, float)                            # (n,)
     n = len(d)
     exact = n <= 16
@@ -371,6 +451,7 @@ def bootstrap_interval(values, draws=10_000):
     far a mean strays in units of the standard deviation (each side's sqrt(n) cancels). The
     better-known percentile interval knows no t and covers 88 % at n = 7 (tests/test_eval.py).
     """
+    check_finite(values, "a value")
     if len(values) < 5:
         return None
     x = np.round(np.asarray(values, float), 9)  # (n,), equal values are now equal to the last bit
@@ -393,6 +474,7 @@ def holm(ps):
     The smallest is multiplied by m, the next by m - 1, and so on: by the number of hypotheses that
     are still open. No corrected p is below that of a smaller one, and none is above 1.
     """
+    check_finite(ps, "a p")
     adjusted = [0.0] * len(ps)
     ascending = sorted(range(len(ps)), key=lambda i: ps[i])
     largest = 0.0
@@ -491,12 +573,15 @@ def rescore_cell(cell, metrics, data_dir, other_task=None):
     trained on the same files, score on that task's test file alone, into predictions_TASK; the
     list is empty then.
     """
-    config = json.loads((cell / "config.json").read_text())  # as the run wrote it
+    config = read_record(
+        cell / "config.json", CONFIG,
+        cure="restore it; that of another seed of this arm differs from it in \"seeds\" alone")
     task = task_to_score(cell, config, other_task)
     print(f"scoring {cell}", file=sys.stderr)
-    splits = load_task(task.name, data_dir or config["data_dir"], config["cache_dir"])
-    splits = {split: splits[split][:config["eval_limit"]] for split in splits if split != "train"}
-    metrics.update(task=task.name, arm=config["arms"][0])
+    splits = load_task(task.name, data_dir or config.get("data_dir"), config["cache_dir"])
+    limit = config.get("eval_limit")
+    splits = {split: splits[split][:limit] for split in splits if split != "train"}
+    metrics.update(task=task.name, arm=config["arms"][0], seed=config["seeds"][0])
 
     if other_task:  # its dev split is the run's own: both come from the same training file
         metrics["test"], answers = score_saved(cell / "last", config, task, "test", splits["test"])
@@ -530,7 +615,8 @@ def task_to_score(cell, config, other_task):
 def score_saved(folder, config, task, split, examples):
     """Score the student saved in a folder on one split: (metrics, answers).
 
-    It runs in the precision that training had, on whatever device there is.
+    It runs in the precision that training had, on whatever device there is. Raises UserError for
+    weights that are not finite, to which a class would still be the largest of the logits.
     """
     import torch
 
@@ -540,6 +626,8 @@ def score_saved(folder, config, task, split, examples):
         amp = "off"
     device, autocast, *_ = precision(SimpleNamespace(device="auto", amp=amp, fsdp=False))
     student = load_student(folder).to(device)
+    if not all(weight.isfinite().all() for weight in student.parameters()):
+        raise UserError(f"{folder}: a weight {DIVERGED}")
     if torch.bfloat16 in autocast.args:
         student.round_frozen_weights()
     # Runs of an earlier version, which could not generate, lack what only generation reads.
@@ -603,12 +691,22 @@ def generation_lines(task, examples, answers):
     for example, text in zip(examples, answers):
         line = {"idx": example.idx, **example.fields, "references": example.label, "output": text}
         if "accuracy" in task.metrics:
-            line["answer"] = extract_answer(text, example.label[0])
+            line["answer"], _ = best_answer(text, example.label)
         lines.append(json.dumps(line, ensure_ascii=False))
     return lines
 
 
 # ---- cells on disk ----
+
+# What is read of a run's files: key -> type. OPTIONAL may be null, or not there at all.
+OPTIONAL = type(None)
+METRICS = {"task": str, "arm": str, "seed": (int, OPTIONAL), "student": (str, OPTIONAL),
+           "teacher": (str, OPTIONAL), "grad_norm": (int, float, OPTIONAL)}
+SCORES = ("dev", "test", "untrained", "best", "aligner", "spaces")  # {metric: number}, or null
+CONFIG = {"task": str, "arms": list, "seeds": list, "cache_dir": str, "amp": str,
+          "max_length": int, "micro_batch": int, "data_dir": (str, OPTIONAL),
+          "eval_limit": (int, OPTIONAL), "max_new_tokens": (int, OPTIONAL)}
+
 
 def find_cells(runs):
     """Find the cells in or below some folders: {ARM/SEED folder: what its metrics.json holds}.
@@ -618,7 +716,7 @@ def find_cells(runs):
     """
     cells = {}
     for run in runs:
-        folders = [folder for folder in sorted(Path(run).resolve().glob("**/")) if is_cell(folder)]
+        folders = cell_folders(run)
         if not folders:
             raise UserError(f"{run} holds no saved run (ARM/SEED/): "
                             "give a training's --out, or part of it")
@@ -627,54 +725,140 @@ def find_cells(runs):
     return cells
 
 
+def cell_folders(run):
+    """Return the cells in or below a folder, each once, whatever symbolic links lead there."""
+    called = {}  # where a cell really lies -> what it is called below `run`
+    # ** enters no symbolic links, but a run, an arm or a seed may be one, to another disk.
+    for pattern in ("**/", "*/", "*/*/", "*/*/*/"):
+        for folder in sorted(Path(run).resolve().glob(pattern)):
+            if is_cell(folder):
+                called.setdefault(folder.resolve(), folder)
+    return sorted(called.values())
+
+
 def is_cell(folder):
     """Tell a cell's folder: it is named by its seed and holds results or a checkpoint."""
     finished = (folder / "metrics.json").exists()
     saved = (folder / "last/student.json").exists()
-    return folder.name.isdigit() and (finished or saved)
+    is_seed = re.fullmatch("[0-9]+", folder.name)  # to str.isdigit a superscript is a digit too
+    return bool(is_seed) and (finished or saved)
 
 
 def read_metrics(path):
     """Read a metrics.json; {} where there is none."""
     if not path.exists():
         return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is damaged: delete it and --resume the run") from None
+    return read_record(path, METRICS, cure="delete it and --resume the run")
+
+
+def read_record(path, kinds, cure):
+    """Read a JSON file of a run; `kinds` tells the type of what is wanted of it: {key: type}.
+
+    Raises UserError, which names the file and how to cure it, where that is not there.
+    """
+    record = read_json(path, hint=cure)
+    for key, kind in kinds.items():
+        value = record.get(key)
+        if not isinstance(value, kind) or value == []:
+            raise UserError(f"{path} is damaged, its {key!r} is {value!r}: {cure}")
+    if "task" in kinds:
+        known(record["task"].lower(), TASKS, f"task in {path},")
+    return record
 
 
 def by_run(cells):
     """Yield (run folder, task, {arm: {seed: metrics}}) run by run, arms in the training's order.
 
-    Cells without metrics are left out.
+    Cells without metrics are left out; those of the others gain the cell's "folder". Raises
+    UserError for cells that must not be averaged, and for scores that are no finite numbers.
     """
-    for run in dict.fromkeys(folder.parents[1] for folder in cells):
-        folders = [folder for folder in cells if folder.parents[1] == run and cells[folder]]
+    for run in dict.fromkeys(folder.parent.parent for folder in cells):
+        folders = [folder for folder in cells if folder.parent.parent == run and cells[folder]]
         if not folders:
             continue
         folders.sort(key=lambda folder: (int(folder.name), folder))
+        for key in ("task", "student"):
+            check_same(key, {folder: cells[folder].get(key) for folder in folders})
         arms = {}
         config = run / "config.json"
         if config.exists():
-            arms = {arm: {} for arm in json.loads(config.read_text())["arms"]}
+            named = read_record(config, {"arms": list}, cure="restore it, or move it away")
+            arms = {str(arm): {} for arm in named["arms"]}
         for folder in folders:
-            metrics = cells[folder]
-            arms.setdefault(metrics["arm"], {})[int(folder.name)] = metrics
+            check_scores(cells[folder], folder / "metrics.json")
+            add_cell(arms, folder, cells[folder])
         arms = {arm: seeds for arm, seeds in arms.items() if seeds}
         yield run, find_task(cells[folders[-1]]["task"]), arms
+
+
+def check_same(key, values):
+    """Raise a UserError if cells of one run, {folder: value of the key}, do not agree on a key."""
+    folder_of = {value: folder for folder, value in values.items() if value is not None}
+    if len(folder_of) > 1:
+        examples = ", ".join(f"{value} ({folder})" for value, folder in folder_of.items())
+        raise UserError(f"cells of one run differ in their {key}: {examples}; "
+                        "move them apart, into a RUN/ARM/SEED each")
+
+
+def check_scores(metrics, where):
+    """Raise a UserError that begins with `where` unless a cell's scores are finite numbers."""
+    for key in SCORES:
+        scores = metrics.get(key)
+        if key == "best" and isinstance(scores, dict):
+            scores = scores.get("dev")  # beside the epoch
+        if scores is None and key != "dev":
+            continue
+        if not isinstance(scores, dict):
+            raise UserError(f"{where} is damaged, its {key!r} is {metrics.get(key)!r}: delete the "
+                            "folder of this cell and --resume the run")
+        for name, value in scores.items():
+            check_number(value, f"{where}: the {key} {name}")
+
+
+def check_number(value, what):
+    """Raise a UserError that begins with `what` unless a value out of a file is a finite number."""
+    is_number = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max  # nan is not
+    if not is_number:
+        raise UserError(f"{what} {value!r} {DIVERGED}")
+
+
+def add_cell(arms, folder, metrics):
+    """Add a cell to by_run's {arm: {seed: metrics}}.
+
+    A copy would be averaged with its original, or overwrite it: an arm has one folder, in which
+    each seed is once.
+    """
+    arm = metrics["arm"]
+    seed = metrics.get("seed")
+    if seed is None:  # not told by cells of an earlier version
+        seed = int(folder.name)
+    seeds = arms.setdefault(arm, {})
+    arm_folders = {cell["folder"].parent for cell in seeds.values()}
+    if seed in seeds or arm_folders - {folder.parent}:
+        twin = seeds.get(seed, first_cell(seeds))
+        raise UserError(f"{twin['folder']} and {folder} (seed {seed}) are both of arm {arm}: keep "
+                        "one folder an arm, one cell a seed; move the other elsewhere")
+    seeds[seed] = {**metrics, "folder": folder}
 
 
 def headline(task, arms):
     """Return the metric that stands for a task: the first that all cells have.
 
-    (rouge_l needs a package, which may have been missing when a cell was scored.)
+    (rouge_l needs a package, which may have been missing when a cell was scored.) Raises
+    UserError where they share none.
     """
     scores = []
     for seeds in arms.values():
         for cell in seeds.values():
-            scores += [cell[split] for split in ("dev", "test") if cell.get(split)]
-    return next(name for name in task.metrics if all(name in metrics for metrics in scores))
+            scores.append((cell["dev"], cell["folder"]))
+            if cell.get("test"):
+                scores.append((cell["test"], cell["folder"]))
+    for name in task.metrics:
+        lacking = [folder for metrics, folder in scores if name not in metrics]
+        if not lacking:
+            return name
+    raise UserError(f"{lacking[0]} has no {name} as the other cells of {task.name} have: "
+                    "score all of them again with --rescore")
 
 
 # ---- what a person reads ----
@@ -695,8 +879,7 @@ def report(cells, save=True):
         lines += table(task, metric, arms)
         lines.append("* chosen on dev, so too good: compare arms by the last epoch")
         lines += verdicts(compared, split)
-        finished = {path.parent for path in run.glob("*/*/metrics.json")}
-        if save and finished <= cells.keys():
+        if save and set(cell_folders(run)) <= cells.keys():
             write_comparison(run, task, metric, scores, compared)
     return "\n".join(lines)
 
@@ -716,7 +899,7 @@ def table(task, metric, arms):
     rows = [("arm", "seeds", *columns, "gradient")]
     for arm, seeds in arms.items():
         values = [mean_and_deviation(seeds.values(), path) for path in columns.values()]
-        norms = [cell["grad_norm"] for cell in seeds.values() if "grad_norm" in cell]
+        norms = [cell["grad_norm"] for cell in seeds.values() if cell.get("grad_norm") is not None]
         gradient = f"{np.mean(norms):.2f}" if norms else "-"
         rows.append((arm, str(len(seeds)), *values, gradient))
     return align_columns(rows)
@@ -750,12 +933,14 @@ def align_columns(rows):
 def scores_to_compare(arms, split, metric):
     """Return ({arm: {seed: score}}, [the arms that are controls]) for compare().
 
-    Only finished cells take part; one that was stopped on its way has no "control" to tell.
+    Only finished cells take part; one that was stopped on its way has no "control" to tell, and
+    one whose test file has no labels has no score.
     """
     scores = {}
     controls = []
     for arm, seeds in arms.items():
-        finished = {seed: cell for seed, cell in seeds.items() if "control" in cell}
+        scored = {seed: cell for seed, cell in seeds.items() if cell.get(split)}
+        finished = {seed: cell for seed, cell in scored.items() if "control" in cell}
         scores[arm] = {seed: cell[split][metric] for seed, cell in finished.items()}
         if any(cell["control"] for cell in finished.values()):
             controls.append(arm)
@@ -770,7 +955,7 @@ def write_comparison(run, task, metric, scores, compared):
             interval = bootstrap_interval(list(by_seed.values()))
             arms[arm] = {"scores": by_seed, "interval": interval, **compared.get(arm, {})}
     answer = {"task": task.name, "metric": metric, "arms": arms}
-    (run / "comparison.json").write_text(json.dumps(answer, indent=1))
+    (run / "comparison.json").write_text(json.dumps(answer, indent=1), encoding="utf-8")
 
 
 def verdicts(compared, split="dev"):
@@ -811,13 +996,17 @@ def in_points(comparison):
 def agreement(cells, right):
     """Return the text on two cells {folder: metrics}, given for each who is right on dev.
 
-    Raises UserError unless both are of one classification task.
+    Raises UserError unless both are of one classification task and of the same dev examples.
     """
     task, other_task = [metrics["task"] for metrics in cells.values()]
     a, b = ["/".join(folder.parts[-3:]) for folder in cells]
     if task != other_task or not find_task(task).labels:
         raise UserError(
             f"{a} and {b}: example by example, give two cells of one classification task")
+    counts = [len(answers) for answers in right]
+    if len(set(counts)) > 1:
+        raise UserError(f"{a} and {b} have {counts[0]} and {counts[1]} dev examples: give cells of "
+                        "one --eval-limit, and --data-dir where they read other files")
     (both, only_a, only_b, neither), p = mcnemar(*right)
     return (f"{task}, {len(right[0])} dev examples: both right {both}, only {a} {only_a}, "
             f"only {b} {only_b}, both wrong {neither}; McNemar's exact p {p:.2g}")
@@ -840,7 +1029,7 @@ def plot(cells):
         for arm, seeds in arms.items():
             points[arm] = [100 * cell["dev"][metric] for cell in seeds.values()]
         figures = {
-            "learning_curves": draw_curves(learning_curves(run, arms, metric)),
+            "learning_curves": draw_curves(learning_curves(arms, metric)),
             "arms": draw_arms(points, controls_in(arms)),
         }
         doses = doses_in(arms)
@@ -853,18 +1042,38 @@ def plot(cells):
             print(f"wrote {path}")
 
 
-def learning_curves(run, arms, metric):
+def learning_curves(arms, metric):
     """Read the logs: {arm: {epoch: mean over seeds of the dev metric in %}}."""
     curves = {}
     for arm, seeds in arms.items():
         by_epoch = {}
-        for seed in seeds:
-            log = (run / arm / str(seed) / "log.jsonl").read_text()
-            for line in map(json.loads, log.splitlines()):
-                if "dev" in line:  # the others tell of training steps
-                    by_epoch.setdefault(line["epoch"], []).append(100 * line["dev"][metric])
+        for cell in seeds.values():
+            for epoch, value in read_curve(cell["folder"] / "log.jsonl", metric):
+                by_epoch.setdefault(epoch, []).append(100 * value)
         curves[arm] = {epoch: np.mean(values) for epoch, values in by_epoch.items()}
     return curves
+
+
+def read_curve(path, metric):
+    """Return [(epoch, dev metric)] of a log.jsonl; UserError for a line that is no such thing."""
+    cure = "--resume writes the log of a cell anew that is not finished; else leave --plot out"
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {cure}") from None
+    points = []
+    for number, line in enumerate(text.splitlines(), 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        record = parse_json(line, where, hint=cure)
+        if "dev" not in record:  # it tells of training steps
+            continue
+        check_scores(record, where)
+        check_number(record.get("epoch"), f"{where}: the epoch")
+        if metric in record["dev"]:  # rouge_l's package may have come during the run
+            points.append((record["epoch"], record["dev"][metric]))
+    return points
 
 
 def controls_in(arms):
@@ -879,7 +1088,8 @@ def doses_in(arms):
     """
     doses = {}
     for arm, seeds in arms.items():
-        kind, _, rho = first_cell(seeds).get("teacher", "").partition(":")
+        teacher = first_cell(seeds).get("teacher") or ""
+        kind, _, rho = teacher.partition(":")
         if kind == "painter" and (arm == "armada" or arm.startswith("dose-")):
             doses[arm] = float(rho or 1)
     return doses
@@ -951,6 +1161,7 @@ def draw_column(axes, x, values, fill):
 
 def main(argv=None):
     """Run the command line: status 2 and one line on stderr for what the user can mend."""
+    prepare_console()
     parser = Parser(prog="eval.py", allow_abbrev=False,
                     description="Compare the arms of a run, or two students example by example.")
     parser.add_argument("runs", nargs="+", metavar="RUN",
@@ -968,18 +1179,23 @@ def main(argv=None):
     try:
         evaluate(args)
     except (UserError, OSError) as error:  # OSError: a folder that cannot be written
-        parser.exit(2, f"eval.py: error: {error}\n")
+        exit_with_message(2, f"eval.py: error: {error}")
 
 
 def evaluate(args):
     """Score what has to be scored, then print the agreement of two cells or the report on all."""
     cells = find_cells(args.runs)
+    named = [Path(run).resolve() for run in args.runs]
+    is_pair = len(named) == 2 and list(cells) == named
+    if is_pair and (args.task or args.plot):
+        raise UserError("two cells are compared on the dev examples of their task: leave out "
+                        "--task and --plot, or give their RUN")
     if args.task:
         cells = {folder: metrics for folder, metrics in cells.items() if metrics}
         if not cells:
             raise UserError("--task: no cell there is finished; go on with train.py --resume first")
-    named = [Path(run).resolve() for run in args.runs]
-    is_pair = len(named) == 2 and list(cells) == named
+    if not is_pair:
+        list(by_run(cells))  # refuses what cannot be reported before anything is scored
     right = []
     for folder, metrics in cells.items():
         if is_pair or args.rescore or args.task or not metrics:

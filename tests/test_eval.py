@@ -3,15 +3,19 @@ report says. Read beside eval.py."""
 import itertools
 import json
 import math
+import os
+import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 import eval as evaluation
 from data import TASKS, Example, UserError, load_task
-from eval import (bootstrap_interval, compare, compute_metrics, holm, linear_cka, mcnemar,
-                  retrieval_at_1, sign_flip_p)
+from eval import (bootstrap_interval, compare, compute_metrics, extract_answer, holm, linear_cka,
+                  mcnemar, retrieval_at_1, sign_flip_p)
 
 
 # ---- metrics ----
@@ -81,8 +85,97 @@ def test_lists_that_do_not_match_are_refused(predictions, labels):
         compute_metrics("rte", predictions, labels)
 
 
+@pytest.mark.parametrize("task, predictions, labels", [
+    ("stsb", [1.0, math.nan], [1.0, 2.0]),
+    ("stsb", [1.0, math.inf], [1.0, 2.0]),
+    ("rte", [0, 1], [1, None]),  # numpy makes nan of None
+])
+def test_what_is_not_finite_is_refused_instead_of_counted_as_wrong(task, predictions, labels):
+    with pytest.raises(UserError, match="is not a finite number"):
+        compute_metrics(task, predictions, labels)
+
+
+def labelled(*labels):
+    """Examples with these labels, of a file f.tsv."""
+    return [Example({}, label, i, f"f.tsv:{i + 2}") for i, label in enumerate(labels)]
+
+
 def test_unlabelled_splits_have_no_score():
-    assert evaluation.score(TASKS["rte"], [Example({}, None, 0, "")], [1]) is None
+    assert evaluation.score(TASKS["rte"], labelled(None, None), [1, 0]) is None
+    with pytest.raises(UserError, match="is not a finite number"):
+        evaluation.score(TASKS["stsb"], labelled(None), [math.nan])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_a_partly_labelled_file_the_rows_with_a_label_are_scored(
+        rank, tmp_path, monkeypatch, capsys):
+    """One of several processes says how many, and all rows get a prediction. None first, or last:
+    an unlabelled row is neither wrong nor a sign that the others have no label."""
+    monkeypatch.setattr("student.rank", lambda: rank)
+    examples = labelled(None, 1, 0, 1, None)
+    answers = [1, 1, 1, 1, 0]
+    metrics = evaluation.score(TASKS["rte"], examples, answers)
+    assert metrics == {"accuracy": pytest.approx(2 / 3)}
+    told = "" if rank else "f.tsv: 3 of 5 rows have a label, only they are scored\n"
+    assert capsys.readouterr().err == told
+    evaluation.write_predictions(tmp_path, "test", TASKS["rte"], examples, answers)
+    assert len((tmp_path / "predictions_test.tsv").read_text().splitlines()) == 1 + 5
+
+
+# ---- answers ----
+
+@pytest.mark.parametrize("text, reference, expected", [
+    ("A or B? The Answer is C, not D.", "A", "c"),
+    ("THE ANSWER IS true. Others say false.", "false", "true"),
+    ("The answer  is 7. I count 8.", "7", "7"),
+    ("It is \u22125", "5", "-5"),               # the minus sign
+    ("The answer is \u20115.", "5", "-5"),      # the hyphen that does not break a line
+    ("The answer is \u20135.", "5", "-5"),      # the short dash
+    ("5\u22123 = 2, so 5\u22123", "2", "3"),     # between numbers it is no sign
+    ("-5", "\u22125", "-5"),
+    ("The answer is 1,234,567.", "1,234,567", "1234567"),
+    ("The answer is 1\u202f234\u202f567.5 m", "7", "1234567.5"),
+    ("The answer is 12'345.", "7", "12345"),
+    ("The answer is 5'11.", "7", "11"),        # feet and inches
+])
+def test_answers_are_read_however_they_are_printed(text, reference, expected):
+    assert extract_answer(text, reference) == expected
+
+
+@pytest.mark.parametrize("output, reference", [
+    ("\u22125", "-5"), ("-5.0", "\u22125"), ("1234", "1,234.0"), ("1\u00a0234", "1234")])
+def test_equal_numbers_are_right_however_they_are_spelled(output, reference):
+    metrics = compute_metrics("reason/gsm8k", [output], [(reference,)])
+    assert metrics == {"accuracy": 1.0, "answered": 1.0}
+
+
+def test_of_several_accepted_answers_the_best_counts(tmp_path):
+    """Each tells its own form: 0.5 or true, B or 7. The file of predictions names all of them."""
+    outputs = ["The answer is B", "It is 7", "It is 8", "I do not know"]
+    accepted = [("A", "B"), ("B", "7"), ("B", "7"), ("true", "7")]
+    metrics = compute_metrics("reason/aqua", outputs, accepted)
+    assert metrics == {"accuracy": 2 / 4, "answered": 3 / 4}
+
+    examples = []
+    for i, references in enumerate(accepted):
+        fields = {"instruction": f"question {i}", "input": ""}
+        examples.append(Example(fields, references, i, f"test.json:{i + 1}", references[0]))
+    evaluation.write_predictions(tmp_path, "test", TASKS["reason/aqua"], examples, outputs)
+    lines = (tmp_path / "predictions_test.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    assert [tuple(line["references"]) for line in lines] == accepted
+    assert [line["answer"] for line in lines] == ["b", "7", "8", None]
+
+
+@pytest.mark.parametrize("outputs, references, says", [
+    ([], [], "two equal, non-empty lists"),
+    (["7"], [("7",), ("8",)], "two equal, non-empty lists"),
+    (["7"], ["78"], "not one string"),
+    (["7"], [("seven",)], "'seven' is no answer"),
+])
+def test_texts_and_references_that_do_not_match_are_refused(outputs, references, says):
+    with pytest.raises(ValueError, match=says):
+        compute_metrics("reason/gsm8k", outputs, references)
 
 
 # ---- the two spaces ----
@@ -116,6 +209,16 @@ def test_retrieval_needs_shared_coordinates_and_cka_does_not():
     rotation, _ = np.linalg.qr(points(5, 5, 1))
     assert linear_cka(p, p @ rotation * 3 + 7) == pytest.approx(1)
     assert retrieval_at_1(p, p @ rotation) < 0.5
+
+
+@pytest.mark.parametrize("measure", [retrieval_at_1, linear_cka])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_projections_that_are_not_finite_are_refused(measure, value):
+    spoiled = points()
+    spoiled[3, 2] = value
+    for pair in ((points(), spoiled), (spoiled, points())):
+        with pytest.raises(UserError, match="projection is not a finite number"):
+            measure(*pair)
 
 
 def test_linear_cka_is_its_definition_over_features():
@@ -193,6 +296,22 @@ def test_holm_multiplies_by_the_hypotheses_still_open_and_never_falls():
     assert holm([0.6, 0.7]) == [1, 1]
     assert holm([0.02]) == [0.02]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize("statistic", [sign_flip_p, bootstrap_interval, holm])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("n", [1, 7, 20])
+def test_statistics_refuse_what_is_not_finite(statistic, value, n):
+    """No comparison with nan is true: left alone, the p of its sign flips would be 0."""
+    with pytest.raises(UserError, match="is not a finite number"):
+        statistic([0.1] * (n - 1) + [value])
+
+
+def test_a_score_that_is_not_finite_is_told_with_its_arm_and_seed():
+    scores = arms_of(undistilled=0, shuffled=-0.2, armada=0.1)
+    scores["armada"][3] = math.nan
+    with pytest.raises(UserError, match="arm armada, seed 3: the score nan"):
+        compare(scores, CONTROLS)
 
 
 def test_mcnemar_is_a_coin_over_the_examples_that_one_student_gets_right():
@@ -469,11 +588,196 @@ def test_a_mistyped_flag_is_one_line(flags, says, finished, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_damaged_metrics_file_is_named(finished, capsys):
-    (finished / "armada/3/metrics.json").write_text("{")
-    with pytest.raises(SystemExit):
-        evaluation.main([str(finished)])
-    assert "armada/3/metrics.json is damaged: delete it" in capsys.readouterr().err
+def error_of(capsys, *arguments):
+    """The one line on stderr with which eval.py ends at status 2."""
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1
+    return error
+
+
+DAMAGES = ["{", "[]", "3", "[" * 100_000, '{"task": 1' + 5000 * "0" + "}", b"\xff\xfe", "folder"]
+
+
+@pytest.mark.parametrize("name", ["armada/3/metrics.json", "config.json", "armada/3/config.json"])
+@pytest.mark.parametrize("content", DAMAGES, ids=range(len(DAMAGES)))
+def test_a_damaged_file_of_a_run_is_named_with_its_cure(name, content, finished, capsys):
+    path = finished / name
+    path.unlink(missing_ok=True)
+    if content == "folder":
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content)
+    arguments = [finished]
+    if name == "armada/3/config.json":  # only scoring reads it
+        arguments = [finished / "armada/3", "--rescore"]
+    error = error_of(capsys, *arguments)
+    assert f"run/{name}" in error
+    assert "delete it and --resume" in error or "restore it" in error
+
+
+def spoil_metrics(run, **changes):
+    """Change some keys of RUN/armada/3/metrics.json."""
+    path = run / "armada/3/metrics.json"
+    metrics = json.loads(path.read_text())
+    path.write_text(json.dumps({**metrics, **changes}))
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"dev": {"accuracy": math.nan}}, "the dev accuracy nan is not a finite number"),
+    ({"dev": {"accuracy": math.inf}}, "the dev accuracy inf is not a finite number"),
+    ({"dev": {"accuracy": 10**400}}, "is not a finite number"),
+    ({"dev": {"accuracy": "0.7"}}, "the dev accuracy '0.7' is not a finite number"),
+    ({"best": {"dev": {"accuracy": math.nan}}}, "the best accuracy nan is not"),
+    ({"spaces": {"cka": math.nan}}, "the spaces cka nan is not"),
+    ({"dev": [0.7]}, "its 'dev' is [0.7]"),
+    ({"dev": None}, "its 'dev' is None"),
+    ({"best": {"dev": "0.7"}}, "its 'best' is {'dev': '0.7'}"),
+    ({"test": "0.7"}, "its 'test' is '0.7'"),
+    ({"arm": None}, "its 'arm' is None"),
+    ({"seed": "3"}, "its 'seed' is '3'"),
+    ({"task": "objcts"}, "did you mean objects?"),
+])
+def test_what_cannot_be_averaged_is_told_with_file_and_key(changes, says, finished, capsys):
+    """A student of nan got "WORSE, p 0" once; nothing is written on what is refused."""
+    spoil_metrics(finished, **changes)
+    error = error_of(capsys, finished)
+    assert "armada/3/metrics.json" in error
+    assert says in error
+    assert not (finished / "comparison.json").exists()
+
+
+def test_a_saved_student_of_nan_is_not_scored(finished, monkeypatch, capsys):
+    """The largest of nan, nan would be class 0, and accuracy a number like any other."""
+    student = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(student.weight, math.nan)
+    monkeypatch.setattr("student.load_student", lambda folder: student)
+    config = {"task": "objects", "arms": ["armada"], "seeds": [3], "cache_dir": "", "amp": "off",
+              "max_length": 32, "micro_batch": 8}
+    (finished / "armada/3/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="armada/3/last: a weight is not a finite number"):
+        evaluation.rescore_cell(finished / "armada/3", {}, None)
+
+
+# ---- which cells are one arm ----
+
+def copy_seed(run):
+    shutil.copytree(run / "armada/3", run / "armada/9")
+
+
+def copy_arm(run):
+    shutil.copytree(run / "armada", run / "armada-old")
+
+
+def move_seed_to_another_folder(run):
+    (run / "old").mkdir()
+    (run / "armada/3").rename(run / "old/3")
+
+
+def write_seed_with_zeros(run):
+    shutil.copytree(run / "armada/3", run / "armada/03")
+
+
+def change_task(run):
+    spoil_metrics(run, task="rte")
+
+
+def change_student(run):
+    for seed, student in (("3", "tiny"), ("4", "bert-base")):
+        path = run / "armada" / seed / "metrics.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "student": student}))
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (change_task, "differ in their task: objects"),
+    (change_student, "differ in their student: tiny"),
+    (copy_seed, "armada/3 and "),
+    (copy_arm, "armada-old/0 (seed 0) are both of arm armada"),
+    (move_seed_to_another_folder, "old/3 (seed 3) are both of arm armada"),
+    (write_seed_with_zeros, "armada/3 (seed 3) are both of arm armada"),
+])
+def test_cells_that_are_not_of_one_training_are_not_averaged(
+        spoil, says, finished, monkeypatch, capsys):
+    """Under one name they would be one number, and a copy would count twice. It is told before
+    hours of scoring."""
+    spoil(finished)
+    monkeypatch.setattr(evaluation, "rescore_cell", None)
+    assert says in error_of(capsys, finished, "--rescore")
+
+
+def test_cells_that_share_no_metric_are_not_averaged(finished, capsys):
+    spoil_metrics(finished, dev={"f1": 0.5})
+    error = error_of(capsys, finished)
+    assert "armada/3 has no accuracy" in error
+    assert "--rescore" in error
+
+
+def test_only_ascii_digits_are_a_seed(finished, capsys):
+    """To str.isdigit a superscript is a digit, to int() an Arabic 3 is 3."""
+    evaluation.main([str(finished)])
+    before = capsys.readouterr().out
+    for name in ("\u00b2", "\u0663", "3.0", "-3", "3 ", "copy"):
+        shutil.copytree(finished / "armada/3", finished / "armada" / name)
+    (finished / "comparison.json").unlink()
+    evaluation.main([str(finished)])
+    assert capsys.readouterr().out == before
+    assert (finished / "comparison.json").exists()
+
+
+def link_arm(run):
+    (run / "armada").rename(run.parent / "other disk")
+    (run / "armada").symlink_to(run.parent / "other disk")
+
+
+def link_seed(run):
+    (run / "armada/3").rename(run.parent / "other disk")
+    (run / "armada/3").symlink_to(run.parent / "other disk")
+
+
+def link_seed_twice(run):
+    (run / "armada/9").symlink_to(run / "armada/3")
+
+
+def link_run_into_itself(run):
+    (run / "loop").symlink_to(run)
+    (run / "armada/loop").symlink_to(run)
+
+
+@pytest.mark.parametrize("link", [link_arm, link_seed, link_seed_twice, link_run_into_itself])
+def test_a_cell_counts_once_whatever_symbolic_links_lead_to_it(link, finished, capsys):
+    evaluation.main([str(finished)])
+    before = capsys.readouterr().out
+    link(finished)
+    (finished / "comparison.json").unlink()
+    evaluation.main([str(finished), str(finished)])
+    assert capsys.readouterr().out == before
+    assert (finished / "comparison.json").exists()
+
+
+# ---- two cells, consoles ----
+
+@pytest.mark.parametrize("flags", [["--task", "objects"], ["--plot"], ["--rescore", "--plot"]])
+def test_what_a_pair_of_cells_has_not_is_refused_before_they_are_scored(
+        flags, finished, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "rescore_cell", None)
+    error = error_of(capsys, finished / "armada/0", finished / "undistilled/0", *flags)
+    assert "leave out --task and --plot" in error
+
+
+def test_files_and_the_tables_sign_need_no_locale(finished):
+    """In an ASCII locale the sign is shown as ?, and no file is read or written in the locale's
+    encoding, which Python can be made to tell."""
+    command = [sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning",
+               evaluation.__file__, str(finished)]
+    result = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+                            capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "mean ? standard deviation" in result.stdout
+    assert (finished / "comparison.json").exists()
 
 
 def test_two_cells_are_compared_example_by_example_on_one_classification_task_only(tmp_path):
@@ -486,6 +790,8 @@ def test_two_cells_are_compared_example_by_example_on_one_classification_task_on
     for tasks in (("rte", "cb"), ("stsb", "stsb")):
         with pytest.raises(UserError, match="two cells of one classification task"):
             evaluation.agreement({a: {"task": task} for a, task in zip(cells, tasks)}, right)
+    with pytest.raises(UserError, match="armada/0 and .* have 3 and 2 dev examples"):
+        evaluation.agreement(cells, [right[0], right[1][:2]])
 
 
 # ---- figures ----
@@ -496,6 +802,39 @@ def test_plots_are_png_files_beside_the_run(finished, capsys):
     assert capsys.readouterr().out.count("wrote") == 3
     for name in ("learning_curves", "arms", "dose_response"):
         assert (finished / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("log, says", [
+    ('{"epoch": 1, "dev": {"accuracy": 0.5', "log.jsonl:1 is not JSON"),
+    ('{"epoch": 1}\n{"epoch": [1], "dev": {"accuracy": 0.5}}', "log.jsonl:2: the epoch [1]"),
+    ('{"dev": {"accuracy": 0.5}}', "log.jsonl:1: the epoch None"),
+    ('{"epoch": 1, "dev": {"accuracy": NaN}}', "log.jsonl:1: the dev accuracy nan"),
+    ('{"epoch": 1, "dev": [0.5]}', "its 'dev' is [0.5]"),
+    ("\0", "log.jsonl:1 is not JSON"),
+    (None, "log.jsonl cannot be read"),
+])
+def test_a_log_that_cannot_be_drawn_is_told_with_its_line(log, says, tmp_path):
+    path = tmp_path / "log.jsonl"
+    if log:
+        path.write_text(log)
+    with pytest.raises(UserError) as told:
+        evaluation.read_curve(path, "accuracy")
+    assert says in str(told.value)
+
+
+def test_a_missing_log_is_told_below_the_table(finished, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is optional: pip install matplotlib")
+    (finished / "armada/3/log.jsonl").unlink()
+    assert "armada/3/log.jsonl cannot be read" in error_of(capsys, finished, "--plot")
+
+
+def test_a_curve_leaves_out_blank_lines_and_epochs_without_the_metric(tmp_path):
+    """rouge_l's package may have been installed while the run went on."""
+    path = tmp_path / "log.jsonl"
+    lines = [{"epoch": 1, "dev": {"rouge_l_unstemmed": 0.3}}, {"epoch": 2, "role": "student"},
+             {"epoch": 2, "dev": {"rouge_l_unstemmed": 0.3, "rouge_l": 0.4}}]
+    path.write_text("\n\n".join(map(json.dumps, lines)) + "\n\n")
+    assert evaluation.read_curve(path, "rouge_l") == [(2, 0.4)]
 
 
 def test_a_teacher_without_doses_has_no_dose_figure(finished, capsys):
