@@ -181,6 +181,9 @@ register_generation(
     label_column="output",
 )
 
+# The minus sign, and the hyphens and the short dash that are typed or printed for it.
+MINUS = "[\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d]"
+
 # What an answer looks like. The reference tells which of these it is, since one training file
 # mixes several.
 ANSWERS = (
@@ -334,10 +337,11 @@ def answer_span(task, example):
     """Return (first character, end) of a bag's part of example.output, or (0, 0) for none."""
     if task.label_column != "answer":
         return 0, len(example.output)
+    text = re.sub(MINUS, "-", example.output)  # as in the answers; every character stays in place
     for accepted in example.label:
         answer = re.escape(re.sub(r"\.0+$", "", accepted))  # 72.0 is written 72
         pattern = rf"(?<![\w.,-]){answer}(?!\w|[.,]\d)"  # and not within 1,72 or 172
-        matches = list(re.finditer(pattern, example.output))
+        matches = list(re.finditer(pattern, text))
         if matches:
             return matches[-1].span()  # the reasoning before it may name the same number
     return 0, 0
@@ -862,6 +866,8 @@ def spell_answer(answer):
         return str(answer)
     if isinstance(answer, float):
         return np.format_float_positional(answer, trim="-")  # never 1e-05
+    if isinstance(answer, str):
+        return re.sub(MINUS, "-", answer)
     return answer
 
 

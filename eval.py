@@ -18,8 +18,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from data import (ANSWERS, TASKS, Parser, UserError, encode, exit_with_message, find_task, known,
-                  load_task, parse_json, prepare_console, read_json, seed_of)
+from data import (ANSWERS, MINUS, TASKS, Parser, UserError, encode, exit_with_message, find_task,
+                  known, load_task, parse_json, prepare_console, read_json, seed_of)
 
 NUMBER = ANSWERS[-1]  # the one family of answers that are compared by value, not by spelling
 
@@ -199,8 +199,6 @@ def plain_numbers(text):
     return re.sub(THOUSANDS, "", text)
 
 
-# The minus sign, and the hyphens and the short dash that are typed or printed for it.
-MINUS = "[\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d]"
 # Between a digit and just three of them: unbreakable and thin spaces, and what stands for a comma.
 THOUSANDS = r"(?<=\d)[\u00a0\u2009\u202f'\u2019_](?=\d{3}(?!\d))"
 
