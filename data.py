@@ -792,8 +792,8 @@ def tsv_rows(file, path, columns=(), may_break=False):
     if joined:
         raise UserError(f"{first_piece}, not {len(columns)}: {', '.join(columns)}")
     if broken_rows and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: rows left out, since they are broken over several lines: {broken_rows}",
-              flush=True)
+        note = f"{path}: rows left out, since they are broken over several lines: {broken_rows}"
+        print(one_line(note), flush=True)
 
 
 def jsonl_rows(file, path):
@@ -1096,7 +1096,7 @@ def fetch_archive(task, data_dir):
         raise UserError(f"task {task.name} has no official archive: {hint}")
     site = os.environ.get("ARMADA_MIRROR") or SITE
     url = site.rstrip("/") + ARCHIVES[task.name]
-    print(f"downloading {url}", flush=True)
+    print(one_line(f"downloading {url}"), flush=True)
     part = data_dir / f"{task.folder}.zip.part"
     retry(lambda: transfer(url, part), f"{url} (or {hint})", pauses=(1, 2, 4))
     with tempfile.TemporaryDirectory(dir=data_dir) as scratch:
