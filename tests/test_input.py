@@ -143,7 +143,15 @@ def spoil(path, change):
      "STS-B/train.tsv:3 has the label 'nan' in column score: expected a number from 0 to 5"),
     ("cola", "CoLA/train.tsv", lambda text: text.replace("\t1\t", "\tyes\t", 1), "expected one of 0, 1"),
     ("wsc", "WSC/train.jsonl", lambda text: text.replace('"span1_index": 0', '"span1_index": 70', 1),
-     "WSC/train.jsonl:1 has no text with two spans")])
+     "WSC/train.jsonl:1 has no text with two spans"),
+    ("wsc", "WSC/train.jsonl", lambda text: text.replace('"span2_index": 4', '"span2_index": -4', 1),
+     "WSC/train.jsonl:1 has no text with two spans"),
+    ("rte", "RTE/val.jsonl", lambda text: "[" * 10**5,
+     "val.jsonl:1 is not JSON (it is nested too deeply)"),
+    ("stsb", "STS-B/train.tsv", lambda text: text.replace("0.900", "1" + "0" * 400, 1),
+     "expected a number from 0 to 5"),
+    ("rte", "RTE/val.jsonl", lambda text: text.replace("stands", "\\ud800", 1),
+     "val.jsonl:1 holds half of a character")])
 def test_a_damaged_data_file_is_named_with_its_line(refused, folder, task, file, change, says):
     spoil(folder / "data" / file, change)
     assert says in refused(f"--task {task} --student tiny --teacher painter")
