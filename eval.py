@@ -1020,19 +1020,29 @@ def plot(cells):
     """Draw learning_curves.png, arms.png and, given two doses, dose_response.png into each run.
 
     Arms are told apart by markers, dashes and greys, so that a black-and-white print will do.
+    Raises UserError where matplotlib is not installed.
     """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+
+    def new_axes():
+        return Figure(figsize=(7, 4.5), layout="constrained").subplots()
+
     for run, task, arms in by_run(cells):
         metric = headline(task, arms)
         points = {}
         for arm, seeds in arms.items():
             points[arm] = [100 * cell["dev"][metric] for cell in seeds.values()]
-        figures = {
-            "learning_curves": draw_curves(learning_curves(arms, metric)),
-            "arms": draw_arms(points, controls_in(arms)),
-        }
         doses = doses_in(arms)
+
+        figures = {"learning_curves": new_axes(), "arms": new_axes()}
+        draw_curves(figures["learning_curves"], learning_curves(arms, metric))
+        draw_arms(figures["arms"], points, controls_in(arms))
         if len(set(doses.values())) > 1:
-            figures["dose_response"] = draw_doses(points, doses)
+            figures["dose_response"] = new_axes()
+            draw_doses(figures["dose_response"], points, doses)
         for name, axes in figures.items():
             axes.set_ylabel(f"{task.name}, dev {metric} (%)")
             path = run / f"{name}.png"
@@ -1098,41 +1108,29 @@ def first_cell(seeds):
     return next(iter(seeds.values()))
 
 
-def new_axes(xlabel):
-    """Return empty axes in a figure of their own; UserError where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    axes = Figure(figsize=(7, 4.5), layout="constrained").subplots()
-    axes.set_xlabel(xlabel)
-    return axes
-
-
-def draw_curves(curves):
+def draw_curves(axes, curves):
     """Draw {arm: {epoch: value}}, a line for each arm."""
-    axes = new_axes("epoch (mean over seeds)")
+    axes.set_xlabel("epoch (mean over seeds)")
     for i, (arm, by_epoch) in enumerate(curves.items()):
         style = MARKERS[i % len(MARKERS)] + LINES[i % len(LINES)]
         grey = str(0.75 * i / len(curves))  # from black, "0", to a light grey
         axes.plot(by_epoch.keys(), by_epoch.values(), style, color=grey, label=arm)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    return axes
 
 
-def draw_arms(points, controls):
+def draw_arms(axes, points, controls):
     """Draw {arm: [a value a seed]}, a column of dots for each arm."""
-    axes = new_axes("dots are seeds, hollow circles controls, bars 95 % intervals of the mean")
+    axes.set_xlabel("dots are seeds, hollow circles controls, bars 95 % intervals of the mean")
     for i, (arm, values) in enumerate(points.items()):
         fill = "white" if arm in controls else "black"
         draw_column(axes, i, values, fill)
     axes.set_xticks(range(len(points)), points.keys(), rotation=30, ha="right")
-    return axes
 
 
-def draw_doses(points, doses):
+def draw_doses(axes, points, doses):
     """Draw an arm's values at its dose, a line through the means, a dashed one for undistilled."""
-    axes = new_axes("dose of the picture, RHO in painter:RHO; dots are seeds, bars 95 % intervals")
+    axes.set_xlabel(
+        "dose of the picture, RHO in painter:RHO; dots are seeds, bars 95 % intervals")
     mean_at = {}
     for arm, values in points.items():
         if arm in doses:
@@ -1143,7 +1141,6 @@ def draw_doses(points, doses):
             axes.legend([level], [arm])
     ascending = sorted(mean_at)
     axes.plot(ascending, [mean_at[dose] for dose in ascending], color="black")
-    return axes
 
 
 def draw_column(axes, x, values, fill):

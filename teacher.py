@@ -461,15 +461,16 @@ class Api(Pictures):
                 return answer["url"]
             return check_picture(base64.b64decode(answer["b64_json"]))
 
-        def fetch():
-            response = urllib.request.urlopen(bought, timeout=120)
-            return check_picture(response.read())
-
         bought = retry(buy, what, self.key)  # the picture, or the address where it lies
         if isinstance(bought, bytes):
             return bought
         if not re.match("https?://", bought):  # urllib would open a file of ours, too
             raise UserError(f"{what}: the answer's url {bought[:80]!r} is not on the web")
+
+        def fetch():
+            response = urllib.request.urlopen(bought, timeout=120)
+            return check_picture(response.read())
+
         return retry(fetch, what, self.key)
 
 
@@ -650,6 +651,8 @@ def build_teacher(spec, picture_encoder=None):
 def check_interface(teacher, spec):
     """Raise a UserError that says what a teacher lacks of the interface (see Teacher)."""
     who = f"{spec}: {type(teacher).__name__}"
+    if not isinstance(teacher, Teacher):
+        raise UserError(f"{who} is no subclass of Teacher: make it one")
     name = teacher.name
     dim = teacher.dim
     if not isinstance(name, str) or not name:
@@ -723,13 +726,24 @@ class Cache:
             self.sql("INSERT OR REPLACE INTO made VALUES (?, ?, ?)", row)
         self.sql("COMMIT")
 
-    def reader(self, keys):
-        """Return the function rows -> their vectors, a list of (d_e,); (nan,) for a lost one."""
-        nothing = np.float32(np.nan).tobytes()
+    def reader(self, keys, name, dim):
+        """Return the function rows -> their vectors, a list of (d_e,); all nan for a lost one.
+
+        A vector that is whole but of another width was made by other code of the teacher `name`:
+        starting once more would not mend that, so the UserError asks for a new name.
+        """
+        lost = np.full(dim, np.nan, np.float32)
 
         def read(rows):
-            contents = [self.get(keys[row]) or nothing for row in rows]
-            return [np.frombuffer(content, np.float32) for content in contents]
+            vectors = []
+            for row in rows:
+                content = self.get(keys[row])
+                vector = np.frombuffer(content, np.float32) if content else lost
+                if len(vector) != dim:
+                    raise UserError(f"{self.path} holds vectors of {len(vector)} numbers, not "
+                                    f"{dim}, by the name {name!r}: changed code wants a new name")
+                vectors.append(vector)
+            return vectors
 
         return read
 
@@ -784,8 +798,8 @@ def make_and_keep(teacher, texts, cache_dir, most):
     made = fill(teacher, items, keys, cache, most)
     train_count = len(train_items)
     readers = {
-        "train": cache.reader(keys[:train_count]),
-        "dev": cache.reader(keys[train_count:]),
+        "train": cache.reader(keys[:train_count], teacher.name, teacher.dim),
+        "dev": cache.reader(keys[train_count:], teacher.name, teacher.dim),
     }
     return readers, made
 
@@ -931,7 +945,7 @@ def make_parser():
     parser.add_argument("--task", metavar="NAME",
                         help="Task whose train and dev texts the teacher gets.")
     parser.add_argument("--teacher", metavar="SPEC", default="clip",
-                        help=f"NAME[:ARGUMENT], with a NAME of {', '.join(TEACHERS)}.")
+                        help=f"NAME[:ARGUMENT], NAME one of {', '.join(TEACHERS)}; default: clip.")
     parser.add_argument("--picture-encoder", metavar="SPEC",
                         help="What looks at pictures: pixels, clip[:MODEL] or vae[:MODEL].")
     parser.add_argument("--data-dir", metavar="FOLDER",
