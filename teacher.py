@@ -10,7 +10,7 @@ example. A vector depends on its text alone, so each is made once and kept in a 
 To add a teacher, write a subclass of Teacher and give it a line in TEACHERS, then one in OFFLINE of
 tests/test_teacher.py, which tests that it keeps the contract below.
 """
-import base64
+import contextlib
 import functools
 import hashlib
 import io
@@ -19,9 +19,11 @@ import os
 import re
 import sqlite3
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
+import warnings
 import zlib
 from pathlib import Path
 
@@ -35,12 +37,18 @@ from data import (
     Parser,
     UserError,
     check_available,
+    check_text,
+    exit_with_message,
     explain_loading,
     find_task,
     known,
     load_task,
     load_tokenizer,
+    one_line,
+    parse_json,
+    prepare_console,
     retry,
+    shorten_text,
 )
 
 
@@ -190,7 +198,9 @@ def seeded_generator(*parts):
 
     Python's own hash() would not do: it changes from process to process.
     """
-    digest = hashlib.sha256("\0".join(parts).encode()).digest()
+    text = "\0".join(parts)
+    check_text(text, f"the text {parts[-1]!r:.80}")
+    digest = hashlib.sha256(text.encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
@@ -213,6 +223,8 @@ class Clip(Teacher):
         return 768
 
     def encode(self, texts):
+        for text in texts:
+            check_text(text, f"the text {text!r:.80}")
         vectors = np.zeros((len(texts), self.dim), np.float32)  # (N, d_e)
         for start in range(0, len(texts), 64):
             part = slice(start, start + 64)
@@ -302,7 +314,7 @@ class Pictures(Teacher):
     """A teacher that gives pictures, which a picture encoder turns into vectors.
 
     A subclass is built as `Mine(argument, encoder)`, calls super().__init__(name, encoder), which
-    sets name and dim, and has picture(text), which returns a PIL image.
+    sets name and dim, and has picture(text), which returns a PIL image of any mode.
     """
     at_once = 1  # a picture takes seconds and may cost money: a kill loses the one in work
 
@@ -323,7 +335,7 @@ class Pictures(Teacher):
         return PLANNED_DIMS.get(encoder)
 
     def encode(self, texts):
-        vectors = [self.see(self.picture(text)) for text in texts]
+        vectors = [self.see(show_on_white(self.picture(text))) for text in texts]
         return np.array(vectors, np.float32)  # (N, d_e)
 
 
@@ -396,38 +408,106 @@ class StableDiffusion(Pictures):
         return np.stack(vectors)  # (N, d_e)
 
 
-# ---- pictures that others make ----
+# ---- a picture of any mode, as a person would see it ----
+
+# What turns a picture upright, by its EXIF orientation: a camera stores how it was held.
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
 
 def open_picture(file):
-    """Return the RGB picture of a path or of bytes; OSError where it is not whole."""
+    """Return the picture of a path or of bytes: RGB, upright, on white; of several its first frame.
+
+    Any error where it is not whole, or so large that pillow takes it for an attack.
+    """
     from PIL import Image
     if isinstance(file, bytes):
         file = io.BytesIO(file)
-    return Image.open(file).convert("RGB")
+    # Pillow warns of what it shows all the same: a large picture, damaged EXIF data.
+    with warnings.catch_warnings(action="ignore"), Image.open(file) as picture:
+        picture.load()  # first, for it turns a TIFF upright and takes its orientation away
+        turn = None
+        with contextlib.suppress(Exception):  # damaged EXIF data are no reason to refuse a picture
+            turn = TURNS.get(picture.getexif().get(0x0112))
+        if turn:
+            picture = picture.transpose(Image.Transpose[turn])
+        return show_on_white(picture)
 
 
-def check_picture(content):
-    """Return the bytes of a picture as they are; one that was cut on its way raises OSError."""
-    open_picture(content)
-    return content
+def show_on_white(picture):
+    """Return a PIL image of any mode as RGB: white paper shows where it is transparent."""
+    from PIL import Image
+    if picture.mode.startswith(("I", "F")):
+        picture = shade_numbers(picture)
+    if picture.mode == "La":  # grey with premultiplied transparency: pillow knows one way only
+        picture = picture.convert("LA")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    paper = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(paper, picture).convert("RGB")
+
+
+def shade_numbers(picture):
+    """Return a picture of 16-bit or 32-bit numbers or floats in 256 shades of grey.
+
+    Pillow itself would turn all above 255 white. White is 65535 where a pixel has 16 bits; else the
+    first of 1, 255, 65535, 2^32 - 1 that no pixel exceeds. Black is 0, or minus white where a pixel
+    is negative.
+    """
+    from PIL import Image
+    numbers = np.asarray(picture).astype(float)  # (height, width)
+    if not np.isfinite(numbers).all():
+        raise ValueError("it has pixels of nan or inf")
+    highest = np.abs(numbers).max()
+    whites = [1, 255, 65535, 2**32 - 1, highest]
+    if picture.mode.startswith("I;16"):
+        whites = [65535]
+    white = next(limit for limit in whites if highest <= limit)
+    black = 0
+    if numbers.min() < 0:
+        black = -white
+    shades = 255 * (numbers - black) / (white - black)
+    shades[numbers == picture.info.get("transparency")] = 255  # a PNG's one transparent number
+    return Image.fromarray(np.rint(shades).astype(np.uint8))
+
+
+# ---- pictures that others make ----
+
+ANSWER_BYTES = 64 * 2**20  # the largest answer of a web server that is read
+ANSWER_SECONDS = 600       # how long one answer may take, which trickles in
+USER_AGENT = "armada-teacher"  # some providers refuse Python's own
 
 
 class Api(Pictures):
     """An OpenAI-compatible images endpoint, api:https://HOST/v1#model=NAME&size=512x512.
 
-    What follows # are fields of each request. The key stands in OPENAI_API_KEY, goes to that host
-    alone and is written nowhere.
+    What follows # are fields of each request, sent as JSON values where they are such: steps=4 is a
+    number, seed="4" a text. An address may have a query, https://HOST/v1?version=2#model=NAME. The
+    key stands in OPENAI_API_KEY, goes to that host alone and is written nowhere.
     """
 
     def __init__(self, url, encoder):
         self.cache = None  # where bought pictures are kept: another encoder sees the same ones
-        base, _, fields = url.partition("#")
+        address, _, fields = url.partition("#")
+        base, mark, query = address.partition("?")
         base = base.removesuffix("/").removesuffix("/images/generations")
-        self.url = base + "/images/generations"
-        self.fields = dict(urllib.parse.parse_qsl(fields))
+        self.url = base + "/images/generations" + mark + query
+        self.fields = {}
+        for name, text in urllib.parse.parse_qsl(fields):
+            self.fields[name] = value_of_field(text)
         # White space is taken out, for urllib shows a header that holds a line break in its error.
         self.key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
-        is_private = re.match(r"https:|http://(localhost|127\.0\.0\.1)[:/]", self.url)
+        if not re.fullmatch("[!-~]*", self.key):
+            raise UserError("OPENAI_API_KEY holds signs that stand in no key: copy it once more")
+        is_private = re.match(r"https:|http://(localhost|127\.0\.0\.1|\[::1\])[:/]", self.url)
         if self.key and not is_private:
             raise UserError("http shows OPENAI_API_KEY to everyone on the way to "
                             f"{self.url}: use https")
@@ -453,25 +533,88 @@ class Api(Pictures):
         if self.key:
             # An unredirected header does not follow a redirect to another host.
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")
+        answer = self.fetch(request, what, json.loads)
+        with self.explain_answer(answer, what):
+            address = find_address(json.loads(answer))
+            if re.match("(?i)data:", address):
+                content = urllib.request.urlopen(address).read()  # no network: it is all there
+                open_picture(content)
+                return content
+        if not re.fullmatch("(?i)https?://[!-~]+", address):  # urllib would open files of ours, too
+            raise UserError(f"{what}: the answer's url {address[:80]!r} is not on the web")
+        content = self.fetch(urllib.request.Request(address), what, open_picture)
+        with self.explain_answer(content, what):
+            open_picture(content)
+        return content
 
-        def buy():
-            response = urllib.request.urlopen(request, timeout=120)
-            answer = json.load(response)["data"][0]
-            if answer.get("url"):
-                return answer["url"]
-            return check_picture(base64.b64decode(answer["b64_json"]))
+    def fetch(self, request, what, parse):
+        """Return a complete answer, bytes, asked for again only where that may help."""
+        request.add_header("User-Agent", USER_AGENT)
+        content, fault = retry(lambda: read_answer(request, parse), what, self.key)
+        if fault:
+            raise UserError(f"{what}: the answer {fault}")
+        return content
 
-        bought = retry(buy, what, self.key)  # the picture, or the address where it lies
-        if isinstance(bought, bytes):
-            return bought
-        if not re.match("https?://", bought):  # urllib would open a file of ours, too
-            raise UserError(f"{what}: the answer's url {bought[:80]!r} is not on the web")
+    @contextlib.contextmanager
+    def explain_answer(self, content, what):
+        """Turn any error into a UserError: the server's own words, which hold no picture.
 
-        def fetch():
-            response = urllib.request.urlopen(bought, timeout=120)
-            return check_picture(response.read())
+        The answer is complete and paid for: to ask again would be to pay again.
+        """
+        try:
+            yield
+        except Exception:  # of many kinds, from json, urllib and pillow
+            words = content.decode(errors="replace")
+            if self.key:
+                words = words.replace(self.key, "***")  # before the cut, which could leave half
+            words = shorten_text(words, 300) or "it is empty"
+            raise UserError(f"{what}: the answer holds no picture: {words}") from None
 
-        return retry(fetch, what, self.key)
+
+def value_of_field(text):
+    """Return what JSON means by a text (4, true, "4"), or the text itself where it is no JSON."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)  # ValueError: json.loads reads NaN, which is no JSON
+        return value
+    except (ValueError, RecursionError):
+        return text
+
+
+def find_address(answer):
+    """Return the http(s): or data: address of the picture in an endpoint's answer, or raise."""
+    picture = answer["data"][0]
+    url = picture.get("url")
+    if isinstance(url, str) and url:
+        return url
+    encoded = picture["b64_json"]
+    if encoded.startswith("data:"):
+        return encoded
+    return f"data:;base64,{encoded}"
+
+
+def read_answer(request, parse):
+    """Return (bytes of a web server's answer, None), or (None, why to ask again would not help).
+
+    Raises an error, after which one may ask again, where the answer was cut on its way. Where its
+    length was not announced that shows only in parse(bytes), which raises what it likes.
+    """
+    deadline = time.monotonic() + ANSWER_SECONDS
+    content = bytearray()
+    with urllib.request.urlopen(request, timeout=120) as response:
+        # read() would wait for whole blocks, and each byte of a trickling answer starts the
+        # timeout anew.
+        while block := response.read1(1 << 16):
+            content += block
+            if len(content) > ANSWER_BYTES:
+                return None, f"is over {ANSWER_BYTES / 2**20:g} MiB long"
+            if time.monotonic() > deadline:
+                return None, f"was not complete after {ANSWER_SECONDS} seconds"
+        if response.length:
+            raise OSError(f"the answer was cut: {response.length} bytes did not come")
+        if response.length is None and not response.chunked:
+            parse(bytes(content))
+    return bytes(content), None
 
 
 class ImageFolder(Pictures):
@@ -480,31 +623,42 @@ class ImageFolder(Pictures):
     FOLDER/manifest.jsonl has a line {"text": ..., "file": ...} for each of them, or
     {"split": "train", "index": 0, "file": ...} for row 0 of train.
     """
+    form = ('give each picture a line {"text": ..., "file": ...} or '
+            '{"split": "train", "index": 0, "file": ...}')
 
     def __init__(self, folder, encoder):
         self.folder = Path(folder)
         self.manifest = self.folder / "manifest.jsonl"
         self.files = {}  # by text, or by (split, row)
-        number = 0  # of the line that is read, for the message
         try:
-            for line in self.manifest.read_text("utf-8-sig").rstrip("\n").split("\n"):
-                number += 1
-                self.read_line(json.loads(line))
-        except (OSError, LookupError, TypeError, ValueError) as error:
-            raise UserError(
-                f'{self.manifest}:{number}: {error!r}: give each picture a line {{"text": ..., '
-                '"file": ...} or {"split": "train", "index": 0, "file": ...}') from None
+            lines = self.manifest.read_text("utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.manifest} cannot be read ({error}): {self.form}") from None
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                self.read_line(line, f"{self.manifest}:{number}")
         super().__init__(f"images:{folder}", encoder)
 
-    def read_line(self, line):
-        """Note the file of one line of the manifest; any error where it leads to no such file."""
-        file = (self.folder / line["file"]).resolve()
-        if not file.is_relative_to(self.folder.resolve()) or not file.is_file():
-            raise ValueError(f"{line['file']} is no file inside the folder")
-        if "text" in line:
-            self.files[line["text"]] = file
+    def read_line(self, line, where):
+        """Note the file of one line of the manifest; UserError where it leads to no such file."""
+        row = parse_json(line, where, hint=self.form)
+        try:
+            file = (self.folder / row["file"]).resolve()
+            is_inside = file.is_relative_to(self.folder.resolve()) and file.is_file()
+        except Exception:  # "file" may be missing, a number, a text that no file can be called
+            is_inside = False
+        if not is_inside:
+            raise UserError(f"{where}: {row.get('file')!r:.80} is no file inside the folder: "
+                            f"{self.form}")
+        text = row.get("text")
+        split = row.get("split")
+        index = row.get("index")
+        if isinstance(text, str):
+            self.files[text] = file
+        elif "text" not in row and isinstance(split, str) and type(index) is int:
+            self.files[split, index] = file
         else:
-            self.files[line["split"], int(line["index"])] = file
+            raise UserError(f"{where} names neither a text nor a split and an index: {self.form}")
 
     def items(self, split, texts):
         """Return the file of each text and its state: a replaced file is another picture."""
@@ -527,7 +681,7 @@ class ImageFolder(Pictures):
         try:
             return open_picture(file)
         except Exception as error:  # pillow has many kinds
-            raise UserError(f"{file} is not a whole picture ({error})") from None
+            raise UserError(f"{file} is not a whole picture ({describe_error(error)})") from None
 
 
 # ---- vectors that others made ----
@@ -554,12 +708,13 @@ class VectorFolder(Teacher):
         """Return the array of a split, (rows, d_e), mapped and not read, or raise UserError."""
         path = self.folder / f"{split}.npy"
         try:
-            # allow_pickle stays off: unpickling runs a stranger's code.
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            with warnings.catch_warnings(action="ignore"):  # of a header that Python 2 wrote
+                # allow_pickle stays off: unpickling runs a stranger's code.
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
             is_float_matrix = array.ndim == 2 and array.dtype.kind == "f" and array.size > 0
             fits = is_float_matrix and array.flags.c_contiguous
-        except (OSError, ValueError, EOFError, AttributeError) as error:
-            raise UserError(f"{path} is no readable array ({error}): "
+        except Exception as error:  # numpy parses the header as Python and raises a dozen kinds
+            raise UserError(f"{path} is no readable array ({describe_error(error)}): "
                             "write it with numpy.save") from None
         if not fits:
             raise UserError(f"{path} holds {array.dtype} of shape {array.shape}: "
@@ -572,24 +727,37 @@ class VectorFolder(Teacher):
         if array.shape != wanted:
             raise UserError(f"{array.filename} has shape {array.shape}, expected {wanted}: "
                             "one row an example")
-        advice = f"mend {array.filename}"
-        for start in range(0, len(texts), 4096):
-            part = slice(start, start + 4096)
-            check_vectors(array[part], self.name, self.dim, texts[part], advice)
+        self.check_rows(array, texts)
         # Read, not mapped: the pages of a map count as this process's memory, after an epoch all.
         file = open(array.filename, "rb")
         begin = array.offset
         dtype = array.dtype
         row_bytes = self.dim * dtype.itemsize
+        lock = threading.Lock()  # held from seek to read; os.pread needs none, but Windows lacks it
 
         def read(rows):
             vectors = []
             for row in rows:
-                content = os.pread(file.fileno(), row_bytes, begin + row * row_bytes)
+                with lock:
+                    file.seek(begin + row * row_bytes)
+                    content = file.read(row_bytes)
                 vectors.append(np.frombuffer(content, dtype))  # (d_e,)
             return vectors
 
         return read
+
+    def check_rows(self, array, texts):
+        """Raise a UserError that names the first row of an array that float32 cannot hold."""
+        for start in range(0, len(texts), 4096):
+            part = array[start:start + 4096]  # (n, d_e)
+            with np.errstate(over="ignore"):  # of a long double
+                largest = np.abs(part).max(1).astype(float)  # (n,)
+            bad = np.flatnonzero(~(largest < LARGEST))  # nan is not under it either
+            if len(bad):
+                row = start + bad[0]
+                raise UserError(f"{self.name} has no finite vector of {self.dim} for "
+                                f"{texts[row][:80]!r}: mend {array.filename}, whose row {row} "
+                                "(the first is 0) holds nan, inf or a number out of range")
 
 
 # ---- a teacher from its spec ----
@@ -610,13 +778,23 @@ def split_spec(spec, names=TEACHERS, what="teacher"):
     Nothing is built, so that a typo costs nothing.
     """
     name, _, argument = spec.partition(":")
-    if name == "api":
-        holds_key = re.search("(?i)(key|token)=", argument)
-        is_address = re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?(#.*)?", argument)
-        if holds_key or not is_address:
-            raise UserError("write api:https://HOST/v1#model=NAME&size=512x512; "
-                            "a key into OPENAI_API_KEY")
+    if name == "api" and not is_api_address(argument):
+        raise UserError("write api:https://HOST/v1#model=NAME&size=512x512; "
+                        "a key into OPENAI_API_KEY")
     return names[known(name, names, what)], argument
+
+
+def is_api_address(text):
+    """Return whether this is http(s)://HOST[:PORT][/PATH][?QUERY][#FIELDS] without a secret."""
+    address, _, _ = text.partition("#")
+    host = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?"  # a name and password@ are none
+    if not re.fullmatch(rf"https?://{host}([/?][!-~]*)?", address):
+        return False
+    spelled = urllib.parse.unquote(text)
+    key = "".join(os.environ.get("OPENAI_API_KEY", "").split())
+    holds_key = len(key) >= 8 and key in spelled  # a local server's key may be "none"
+    secret = r"(key|token|secret|passw(or)?d|pwd|auth(orization)?|credentials?|sig(nature)?)\s*="
+    return not holds_key and not re.search(rf"(?i){secret}", spelled)
 
 
 def build_teacher(spec, picture_encoder=None):
@@ -679,19 +857,31 @@ class Cache:
 
     def __init__(self, folder):
         self.path = Path(folder) / "teachers.sqlite"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-        with FileLock(f"{self.path}.lock"):  # sqlite does not wait in the switch to WAL
+        with self.explain_errors():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        with self.explain_errors(), FileLock(f"{self.path}.lock"):
+            # sqlite itself does not wait in the switch to WAL.
             self.sql("PRAGMA journal_mode=WAL")
             self.sql("CREATE TABLE IF NOT EXISTS made (key INTEGER PRIMARY KEY, crc, value BLOB)")
+        columns = self.sql("SELECT name, type, pk FROM pragma_table_info('made')")
+        if columns != [("key", "INTEGER", 1), ("crc", "", 0), ("value", "BLOB", 0)]:
+            raise UserError(f"{self.path} is of another program, for its table 'made' has other "
+                            "columns: give another --cache-dir")
+
+    @contextlib.contextmanager
+    def explain_errors(self):
+        """Turn the errors of sqlite and of the folder into a UserError that names the file."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(f"{self.path}: {error}; if damaged, delete it: all is made anew; "
+                            "or give another --cache-dir") from None
 
     def sql(self, command, values=()):
         """Return all rows that a command gives."""
-        try:
+        with self.explain_errors():
             return self.db.execute(command, values).fetchall()
-        except sqlite3.Error as error:
-            raise UserError(f"{self.path}: {error}; if damaged, delete it: "
-                            "all is made anew") from None
 
     @staticmethod
     def key(name, item):
@@ -699,7 +889,9 @@ class Cache:
 
         Among a million entries two share a key with a chance under one in ten million.
         """
-        digest = hashlib.sha256(f"{name}\0{item}".encode()).digest()
+        text = f"{name}\0{item}"
+        check_text(text, f"{name}: {item!r:.80}")
+        digest = hashlib.sha256(text.encode()).digest()
         return int.from_bytes(digest[:8], "little", signed=True)
 
     def keys(self):
@@ -709,22 +901,25 @@ class Cache:
 
     def get(self, key):
         """Return the bytes, or None where there are none. Damaged ones are thrown away."""
-        rows = self.sql("SELECT value, crc FROM made WHERE key = ?", (int(key),))
+        # sqlite keeps a text or a number in any column: the casts make bytes and ints of them.
+        command = "SELECT CAST(value AS BLOB), CAST(crc AS INTEGER) FROM made WHERE key = ?"
+        rows = self.sql(command, (int(key),))
         if not rows:
             return None
         value, crc = rows[0]
-        if zlib.crc32(value) == crc:
+        if value and zlib.crc32(value) == crc:  # of nothing at all the sum would be right, too
             return value
         self.sql("DELETE FROM made WHERE key = ?", (int(key),))
         return None
 
     def put(self, entries):
-        """Write all entries {key: bytes} or, after a kill in the middle, none of them."""
-        self.sql("BEGIN IMMEDIATE")
-        for key, value in entries.items():
-            row = (int(key), zlib.crc32(value), value)
-            self.sql("INSERT OR REPLACE INTO made VALUES (?, ?, ?)", row)
-        self.sql("COMMIT")
+        """Write all entries {key: bytes} or, after a kill or an error in the middle, none."""
+        with self.db:  # rolls back what an error leaves open
+            self.sql("BEGIN IMMEDIATE")
+            for key, value in entries.items():
+                row = (int(key), zlib.crc32(value), value)
+                self.sql("INSERT OR REPLACE INTO made VALUES (?, ?, ?)", row)
+            self.sql("COMMIT")
 
     def reader(self, keys, name, dim):
         """Return the function rows -> their vectors, a list of (d_e,); all nan for a lost one.
@@ -758,41 +953,84 @@ def open_vectors(teacher, task, examples, cache_dir, limit=None, most=None, eval
     texts = {}
     for split in ("train", "dev"):
         texts[split] = [task.prompt(example) for example in examples[split]]
-    train_count = len(texts["train"][:limit])
+    wanted = {"train": texts["train"][:limit], "dev": texts["dev"][:eval_limit]}
     if teacher.costly:
-        wanted = {"train": texts["train"][:limit], "dev": texts["dev"][:eval_limit]}
         readers, made = make_and_keep(teacher, wanted, cache_dir, most)
         advice = "start once more"  # the entry was lost or damaged since, and will be made again
     else:
-        readers = {split: teacher.reader(split, texts[split]) for split in texts}
+        readers = {}
+        for split in texts:
+            with explain_teacher(teacher, f"reader({split!r}, texts)"):
+                readers[split] = teacher.reader(split, texts[split])
         made = 0
         advice = None
     # The function below holds name and width, not the teacher: its model would stay on the GPU.
     name = teacher.name
     dim = teacher.dim
 
+    def places(split, rows):
+        return [examples[split][row].where for row in rows]
+
     def read(split, rows):
-        places = [examples[split][row].where for row in rows]
-        return ask(readers[split], rows, places, name, dim, advice)  # (n, d_e)
+        return ask(readers[split], rows, places(split, rows), name, dim, advice)  # (n, d_e)
 
     # By the training rows' root mean square (of 6,000 at most), not centred: so beta means the same
     # for every teacher.
-    sample = read("train", range(0, train_count, 1 + train_count // 6000))
+    sample_rows = spread_rows(wanted["train"])
+    sample = read("train", sample_rows)
     mean_square = np.einsum("ij,ij->", sample, sample, dtype=float) / sample.size
     scale = np.float32(np.sqrt(mean_square) or 1)  # 1 where all vectors are zero
 
     def read_scaled(split, rows):
-        return read(split, rows) / scale  # (n, d_e)
+        return divide(read(split, rows), scale, name, places(split, rows))  # (n, d_e)
 
+    # Vectors out of scale are told here, before hours of training, if these rows show them.
+    divide(sample, scale, name, places("train", sample_rows))
+    read_scaled("dev", spread_rows(wanted["dev"]))
     return {split: functools.partial(read_scaled, split) for split in texts}, made
+
+
+def spread_rows(texts):
+    """Return at most 6,000 rows of a split, evenly spread."""
+    return range(0, len(texts), 1 + len(texts) // 6000)
+
+
+def divide(vectors, scale, name, labels):
+    """Return vectors / scale, float32 (n, d_e), each of them finite and, unless it was 0, not 0.
+
+    A UserError names the first label whose vector is so far out of scale (18 orders of magnitude)
+    that its squares, which the losses take, would be inf or 0.
+    """
+    with np.errstate(all="ignore"):
+        scaled = vectors / scale             # (n, d_e)
+    largest = np.abs(scaled).max(1)          # (n,)
+    is_zero = ~vectors.any(1)                # (n,)
+    fits = (largest < 1e18) & ((largest > 1e-18) | is_zero)
+    if not fits.all():
+        worst = np.argmin(fits)  # the first that does not fit
+        raise UserError(f"{name} has a vector for {labels[worst][:80]!r} whose largest number is "
+                        f"{np.abs(vectors[worst]).max():.3g}, out of scale beside the root mean "
+                        f"square of the training vectors, {scale:.3g}: mend it or them")
+    return scaled
+
+
+@contextlib.contextmanager
+def explain_teacher(teacher, call):
+    """Turn whatever a method of a teacher raises into a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{teacher.name}: its {call} raised {describe_error(error)}") from None
 
 
 def make_and_keep(teacher, texts, cache_dir, most):
     """Return ({split: the function rows -> vectors}, how many were made) of a costly teacher."""
     cache = Cache(cache_dir)
     teacher.cache = cache  # in which a teacher may keep what it buys on the way
-    train_items = teacher.items("train", texts["train"])
-    dev_items = teacher.items("dev", texts["dev"])
+    train_items = items_of(teacher, "train", texts["train"])
+    dev_items = items_of(teacher, "dev", texts["dev"])
     items = train_items + dev_items
     keys = np.array([Cache.key(teacher.name, item) for item in items], np.int64)
     made = fill(teacher, items, keys, cache, most)
@@ -802,6 +1040,16 @@ def make_and_keep(teacher, texts, cache_dir, most):
         "dev": cache.reader(keys[train_count:], teacher.name, teacher.dim),
     }
     return readers, made
+
+
+def items_of(teacher, split, texts):
+    """Return teacher.items() as a list; UserError where there is not one for each text."""
+    with explain_teacher(teacher, f"items({split!r}, texts)"):
+        items = list(teacher.items(split, texts))
+    if len(items) != len(texts):
+        raise UserError(f"{teacher.name}: its items({split!r}, texts) returned {len(items)} items "
+                        f"for {len(texts)} texts: let it return one for each")
+    return items
 
 
 def fill(teacher, items, keys, cache, most=None):
@@ -843,10 +1091,11 @@ def tell_cut_texts(teacher, texts):
     """Say on stderr how many texts are longer than what the teacher reads of them."""
     if not teacher.tokenizer:
         return
-    lengths = [len(teacher.tokenizer(text)["input_ids"]) for text in texts]
+    with explain_teacher(teacher, "tokenizer"):
+        lengths = [len(teacher.tokenizer(text)["input_ids"]) for text in texts]
     cut = sum(length > teacher.max_tokens for length in lengths)
     if cut:
-        print(f"{teacher.name}: {cut} of {len(texts)} texts are too long for it and cut",
+        print(one_line(f"{teacher.name}: {cut} of {len(texts)} texts are too long for it and cut"),
               file=sys.stderr)
 
 
@@ -854,7 +1103,7 @@ def make_missing(teacher, items, keys, cache, rows):
     """Make the vectors of some rows, a piece at a time, and store each piece once it is whole."""
     step = teacher.at_once
     starts = range(0, len(rows), step)
-    for start in tqdm(starts, desc=teacher.name, unit_scale=step, disable=None):
+    for start in tqdm(starts, desc=one_line(teacher.name), unit_scale=step, disable=None):
         piece = rows[start:start + step]
         asked = [items[row] for row in piece]
         vectors = ask(teacher.encode, asked, asked, teacher.name, teacher.dim)  # (n, d_e)
@@ -865,6 +1114,9 @@ def make_missing(teacher, items, keys, cache, rows):
 
 
 # ---- every vector is checked ----
+
+LARGEST = 3e38  # a little under the largest float32
+
 
 def ask(function, inputs, labels, name, dim, advice=None):
     """Return function(inputs), an encode or reader of the teacher `name`, as float32 (n, d_e).
@@ -917,7 +1169,7 @@ def check_vectors(vectors, name, dim, labels, advice=None):
         if fault:
             raise UserError(f"{name} has no finite vector of {dim} for {label[:80]!r}: "
                             f"{advice or fault}")
-    return np.array(vectors, np.float32)
+    return np.array(vectors, np.float32).reshape(-1, dim)  # also for n = 0
 
 
 def find_fault(vector, dim):
@@ -925,7 +1177,7 @@ def find_fault(vector, dim):
     required = f"required is float32 of shape ({dim},)"
     if vector.shape != (dim,) or vector.dtype.kind not in "fiu":
         return f"it returned {vector.dtype} of shape {vector.shape}; {required}"
-    if not float(np.abs(vector).max()) < 3e38:  # nan is not under it either
+    if not float(np.abs(vector).max()) < LARGEST:  # nan is not under it either
         return f"it returned nan, inf or a number out of range; {required}, all of it finite"
     return None
 
@@ -969,7 +1221,8 @@ def verify_cache(cache_dir):
     for key in cache.keys():
         if cache.get(key) is None:
             damaged += 1
-    print(f"{cache.path}: {len(cache.keys())} entries are whole; thrown away as damaged: {damaged}")
+    print(one_line(f"{cache.path}: {len(cache.keys())} entries are whole; "
+                   f"thrown away as damaged: {damaged}"))
 
 
 def make_ahead(args):
@@ -982,12 +1235,13 @@ def make_ahead(args):
     seconds = time.perf_counter() - began
     count = len(examples["train"][:args.limit]) + len(examples["dev"])
     megabytes = 4e-6 * count * teacher.dim
-    print(f"{teacher.name}: {count} vectors of {teacher.dim} numbers, {megabytes:.1f} MB; "
-          f"{made} made now, in {seconds:.1f} s")
+    print(one_line(f"{teacher.name}: {count} vectors of {teacher.dim} numbers, {megabytes:.1f} MB; "
+                   f"{made} made now, in {seconds:.1f} s"))
 
 
 def main(argv=None):
     """Run the command line: status 0, or 2 and one line on stderr."""
+    prepare_console()
     parser = make_parser()
     args = parser.parse_args(argv)
     too_few = args.limit is not None and args.limit < 1
@@ -1003,7 +1257,7 @@ def main(argv=None):
             make_ahead(args)
     except (UserError, OSError, ValueError, KeyboardInterrupt) as error:
         message = str(error) or "stopped; the same command goes on"
-        parser.exit(2, f"teacher.py: error: {message}\n")
+        exit_with_message(2, f"teacher.py: error: {message}")
 
 
 if __name__ == "__main__":

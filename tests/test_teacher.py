@@ -11,10 +11,13 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +30,7 @@ import torch
 import transformers
 
 import data
+import teacher as teacher_module
 from data import OBJECTS, TASKS, UserError, load_task
 from student import _tiny
 from teacher import (
@@ -39,7 +43,9 @@ from teacher import (
     build_teacher,
     fill,
     main,
+    open_picture,
     open_vectors,
+    show_on_white,
     split_spec,
 )
 from tests.conftest import respond
@@ -603,6 +609,68 @@ def test_vectors_that_do_not_fit_the_examples_are_refused(folder, split, array, 
     with pytest.raises(UserError, match=says):
         opened(build_teacher(f"vectors:{folder}"), folder, "abcdef", "abc")
 
+def npy(shape, kind="'<f4'", order="False", content=bytes(240)):
+    """A .npy file whose header says what it likes."""
+    header = f"{{'descr': {kind}, 'fortran_order': {order}, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + content
+
+@pytest.mark.parametrize("file", [
+    b"", b"\x93", b"\x93NUMPX" + bytes(90), b"PK\3\4" + bytes(90), b"PK\5\6" + bytes(18), npy("(6, 5)")[:40],
+    npy("(6, 5)", content=b""), npy("(10**12, 5)"), npy("(1000000000000, 5)"),
+    npy("(99999999999999999999, 5)"), npy("(-6, 5)"), npy("(True, 5)"), npy("(6L, -5L)"),
+    npy("(0, 5)"), npy("()"), npy("(6, 5", content=b""),
+    npy("(" * 9000), npy("-" * 9000 + "1"), npy("__import__('os').abort()"), npy("(6, 5)", "'|O'"),
+    npy("(6, 5)", "[('a', '<f4'), ('b\\n', '<f4')]"), npy("(6, 5)", "'<f99'"), npy("(6, 5)", "{'names': 1}"),
+    npy("(6, 5)", "'<c8'"), npy("(6, 5)", "'<M8[s]'"), npy("(6, 5)", order="True"), npy("(6, 5)", order="2")])
+def test_a_numpy_file_of_any_sort_is_read_or_refused_in_one_line(tmp_path, file, capfd):
+    (tmp_path / "train.npy").write_bytes(file)
+    says = "train.npy (is no readable array|holds .*: expected floats, in C order)"
+    with pytest.raises(UserError, match=says) as error:
+        build_teacher(f"vectors:{tmp_path}")
+    assert "\n" not in str(error.value) and capfd.readouterr().err == ""
+
+def test_floats_of_any_width_and_byte_order_are_the_same_numbers(folder, monkeypatch):
+    """Read row by row, without os.pread, which Windows lacks."""
+    monkeypatch.delattr(os, "pread", raising=False)
+    numbers = np.arange(1, 31).reshape(6, 5) / 8  # of few bits: exact in each of them
+    for kind in ("<f2", ">f2", "<f4", ">f4", "<f8", ">f8", np.longdouble):
+        np.save(folder / "train.npy", numbers.astype(kind))
+        read = build_teacher(f"vectors:{folder}").reader("train", "abcdef")
+        assert (np.array(read([4, 0, 5]), float) == numbers[[4, 0, 5]]).all()
+
+def test_of_several_bad_rows_in_several_chunks_the_first_is_named(tmp_path):
+    array = np.ones((9000, 2), np.float16)
+    array[[5001, 8999]] = np.nan
+    array[7000] = np.inf
+    np.save(tmp_path / "train.npy", array)
+    says = r"for 'text 5001': mend .*train.npy, whose row 5001 \(the first is 0\)"
+    with pytest.raises(UserError, match=says):
+        build_teacher(f"vectors:{tmp_path}").reader("train", [f"text {i}" for i in range(9000)])
+
+@pytest.mark.parametrize("train, dev, where", [
+    (1e-44, 1.0, "dev.tsv:2"),   # divided by such a root mean square a 1 is inf
+    (1e-30, 1e-5, "dev.tsv:2"),  # and this has squares that are
+    (1e30, 1.0, "dev.tsv:2"),    # here its squares are 0
+    (None, 1.0, "train.tsv:1")])  # one row of 3e37 lets the other rows vanish
+def test_vectors_are_looked_at_after_their_division_too(folder, train, dev, where):
+    rows = np.full((6, 5), train or 1e-10, np.float32)
+    rows[5] = train or 3e37
+    np.save(folder / "train.npy", rows)
+    np.save(folder / "dev.npy", np.array([[rows[0, 0]] * 5, [dev] * 5, [0.0] * 5], np.float32))
+    with pytest.raises(UserError, match=f"vector for '{where}' whose largest number is .* out of scale"):
+        opened(build_teacher(f"vectors:{folder}"), folder, "abcdef", "abc")
+
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1.0, 3e37])
+def test_vectors_of_one_size_are_near_one_after_their_division_whatever_the_size(folder, size):
+    array = np.full((6, 5), size, np.float32)
+    array[3] = 0  # a vector of zeros stays one
+    np.save(folder / "train.npy", array)
+    np.save(folder / "dev.npy", array[:3])
+    found, _ = opened(build_teacher(f"vectors:{folder}"), folder, "abcdef", "abc")
+    expected = np.full((6, 5), (6 / 5) ** 0.5)
+    expected[3] = 0
+    np.testing.assert_allclose(found["train"](range(6)), expected, rtol=0.1 if size < 1e-38 else 1e-6)
+
 
 # ---- CLIP ----
 
@@ -720,20 +788,148 @@ def test_a_replaced_picture_is_looked_at_again(pictures, tmp_path):
     assert (after["train"]([0]) != before["train"]([0])).any()
 
 
+def grey(*shades):
+    return [[shade] * 3 for shade in shades]
+
+# mode, the bytes of its pixels, what pillow notes beside them, the colours a person sees on white paper
+MODES = [
+    ("1", b"\x80", {}, grey(255, 0)), ("1", b"\x80", {"transparency": 0}, grey(255, 255)),
+    ("L", b"\0\x64", {}, grey(0, 100)), ("L", b"\0\x64", {"transparency": 0}, grey(255, 100)),
+    ("LA", bytes([100, 255, 100, 51]), {}, grey(100, 100 * 0.2 + 255 * 0.8)),
+    ("La", bytes([100, 255, 20, 51]), {}, grey(100, 100 * 0.2 + 255 * 0.8)),  # 20 is 100 times .2
+    ("RGB", bytes([9, 99, 199, 0, 0, 0]), {}, [[9, 99, 199], [0, 0, 0]]),
+    ("RGB", bytes([9, 99, 199, 0, 0, 0]), {"transparency": (9, 99, 199)}, grey(255, 0)),
+    ("RGBA", bytes([9, 99, 199, 0, 255, 0, 0, 51]), {}, [[255] * 3, [255, 204, 204]]),
+    ("RGBa", bytes([9, 99, 199, 255, 51, 0, 0, 51]), {}, [[9, 99, 199], [255, 204, 204]]),
+    ("RGBX", bytes([9, 99, 199, 0]), {}, [[9, 99, 199]]),
+    ("CMYK", bytes([255, 51, 0, 0, 0, 0, 0, 55]), {}, [[0, 204, 255], [200] * 3]),
+    ("YCbCr", bytes([100, 128, 128, 100, 128, 178]), {}, [[100] * 3, [170, 64, 100]]),  # R - Y = 1.402 * 50
+    ("HSV", bytes([0, 255, 255, 85, 255, 100]), {}, [[255, 0, 0], [0, 100, 0]]),
+    ("LAB", bytes([255, 0, 0, 0, 0, 0, 136, 0, 0]), {}, grey(255, 0, 127)),  # L* of 53.4 is mid grey
+    ("I;16", struct.pack("<3H", 0, 25700, 65535), {}, grey(0, 100, 255)),
+    ("I;16", struct.pack("<2H", 257, 514), {}, grey(1, 2)),  # dark, and not stretched
+    ("I;16", struct.pack("<2H", 25700, 0), {"transparency": 0}, grey(100, 255)),
+    ("I;16L", struct.pack("<2H", 25700, 65535), {}, grey(100, 255)),
+    ("I;16B", struct.pack(">2H", 25700, 65535), {}, grey(100, 255)),
+    ("I;16N", struct.pack("=2H", 25700, 65535), {}, grey(100, 255)),
+    ("I", struct.pack("=3i", 0, 25700, 65535), {}, grey(0, 100, 255)),
+    ("I", struct.pack("=3i", 0, 100, 255), {}, grey(0, 100, 255)),
+    ("I", struct.pack("=2i", 0, 2**31 - 1), {}, grey(0, 127)),  # of 32 bits
+    ("F", struct.pack("=3f", 0, 0.4, 1), {}, grey(0, 102, 255)),
+    ("F", struct.pack("=3f", 0, 100, 255), {}, grey(0, 100, 255)),
+    ("F", struct.pack("=3f", -1, 0, 1), {}, grey(0, 127.5, 255)),
+]
+
+@pytest.mark.parametrize("mode, content, info, colours", MODES)
+def test_a_picture_of_any_mode_is_what_a_person_sees_on_white_paper(mode, content, info, colours):
+    """Pillow's own conversion turns all 16-bit grey white and drops the transparency."""
+    image = pytest.importorskip("PIL.Image", reason="pillow is optional: pip install pillow")
+    picture = image.frombytes(mode, (len(colours), 1), content)
+    picture.info.update(info)
+    seen = show_on_white(picture)
+    assert seen.mode == "RGB" and np.abs(np.asarray(seen)[0] - np.array(colours)).max() <= 1
+
+def test_every_mode_of_pillow_is_in_the_table_above_or_below():
+    image = pytest.importorskip("PIL.Image", reason="pillow is optional: pip install pillow")
+    assert set(image.MODES) <= {mode for mode, *_ in MODES} | {"P", "PA"}
+
+@pytest.mark.parametrize("transparency", [1, b"\xff\0"])
+def test_a_palette_may_be_transparent_too(transparency):
+    image = pytest.importorskip("PIL.Image", reason="pillow is optional: pip install pillow")
+    picture = image.frombytes("P", (2, 1), b"\0\1")
+    picture.putpalette([9, 99, 199, 0, 0, 0])
+    assert np.asarray(show_on_white(picture))[0].tolist() == [[9, 99, 199], [0, 0, 0]]
+    picture.info["transparency"] = transparency
+    assert np.asarray(show_on_white(picture))[0].tolist() == [[9, 99, 199], [255, 255, 255]]
+    both = image.merge("PA", (picture, image.frombytes("L", (2, 1), b"\xff\0")))
+    both.putpalette([9, 99, 199, 0, 0, 0])
+    assert np.asarray(show_on_white(both))[0].tolist() == [[9, 99, 199], [255, 255, 255]]
+
+def in_file(picture, form="png", **more):
+    file = io.BytesIO()
+    picture.save(file, form, **more)
+    return file.getvalue()
+
+@pytest.mark.parametrize("form", ["png", "tiff"])
+def test_a_picture_is_turned_upright_as_its_camera_says(form):
+    image = pytest.importorskip("PIL.Image", reason="pillow is optional: pip install pillow")
+    upright = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+              5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1),
+              8: np.rot90(upright, -1)}
+    for orientation, pixels in stored.items():
+        exif = image.Exif()
+        exif[0x0112] = orientation
+        content = in_file(image.fromarray(np.ascontiguousarray(pixels)), form, exif=exif)
+        assert (np.asarray(open_picture(content)) == upright).all()
+    damaged = in_file(image.fromarray(upright), exif=b"Exif\0\0no exif")
+    assert (np.asarray(open_picture(damaged)) == upright).all()
+
+def test_of_an_animation_the_first_frame_is_seen():
+    red, blue = (pytest.importorskip("PIL.Image").new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    for form in ("gif", "png", "tiff", "webp"):
+        more = {"lossless": True} if form == "webp" else {}
+        content = in_file(red, form, save_all=True, append_images=[blue], **more)
+        assert np.asarray(open_picture(content))[0, 0].tolist() == [255, 0, 0]
+
+def test_different_pictures_are_different_vectors(tmp_path):
+    """End to end: grey of 16 bits, transparency, and what an added teacher draws."""
+    image = pytest.importorskip("PIL.Image", reason="pillow is optional: pip install pillow")
+    image.new("I;16", (20, 20), 51 * 257).save(tmp_path / "grey.png")
+    image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    (tmp_path / "manifest.jsonl").write_text("\ufeff" + "\n\n".join(
+        json.dumps({"text": name, "file": f"{name}.png"}) for name in ("grey", "clear")) + "\n \n", "utf-8")
+    vectors = build_teacher(f"images:{tmp_path}").encode(["grey", "clear"])  # a BOM, empty lines
+    np.testing.assert_allclose(vectors, np.array([[-0.6] * 768, [1] * 768]), atol=1e-6)
+
+    class Glass(Pictures):
+        def picture(self, text):
+            return image.new("LA", (20, 20), (0, 51))
+
+    np.testing.assert_allclose(Glass("glass", None).encode(["a"]), [[0.6] * 768], atol=1e-6)
+
+def test_a_picture_that_is_too_large_is_one_line(pictures, tmp_path, capfd):
+    def chunk(kind, content):
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + crc
+
+    # Of the smaller one pillow only warns.
+    for side, says in ((60_000, "DecompressionBombError"), (10_000, "is not a whole picture")):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+        (pictures / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b""))
+        with pytest.raises(UserError, match=f"a.png is not a whole picture .*{says}|{says}"):
+            opened(build_teacher(f"images:{pictures}"), tmp_path, ["a"], ["b"])
+    assert "Warning" not in capfd.readouterr().err
+
 @pytest.mark.parametrize("line, says", [
-    ('{"text": "d", "file": "../secret.png"}', "4: .*no file inside"),
-    ("[1]", "manifest.jsonl:4"),
-    ('{"text": "d", "file": "/etc/passwd"}', "no file inside"),
-    ('{"file": "a.png"}', "manifest.jsonl:4"),
-    ('{"text": "d"', "manifest.jsonl:4"),
-    ('{"text": "d", "file": "d.png"}', "no file inside"),
-])
+    ('{"text": "d", "file": "../secret.png"}', "4: .*no file inside"), ("[1]", "manifest.jsonl:4"),
+    ('{"text": "d", "file": "/etc/passwd"}', "no file inside"), ('{"file": "a.png"}', "manifest.jsonl:4"),
+    ('{"text": "d"', "manifest.jsonl:4"), ('{"text": "d", "file": "d.png"}', "no file inside"),
+    ("[" * 100_000, "manifest.jsonl:4"), ('{"text": "d", "file": ' + "9" * 5000 + "}", "manifest.jsonl:4"),
+    ('{"text": "d", "file": 5}', "4: 5 is no file inside"),
+    ('{"text": "d", "file": ["a.png"]}', "no file inside"), ('{"text": "d", "file": ""}', "no file inside"),
+    ('{"text": "d", "file": "a\\u0000.png"}', "no file inside"),
+    ('{"text": "d", "file": "\\ud800"}', "4: .*no file inside"),
+    ('{"text": "d", "file": "' + "a" * 5000 + '"}', "no file inside"),
+    ('{"text": 5, "file": "a.png"}', "4 names neither"),
+    ('{"text": ["d"], "file": "a.png"}', "4 names neither"),
+    ('{"split": "train", "index": 1e400, "file": "a.png"}', "4 names neither"),
+    ('{"split": "train", "index": 1.5, "file": "a.png"}', "4 names neither"),
+    ('{"split": ["train"], "index": 0, "file": "a.png"}', "4 names neither"),
+    ('"a.png"', "manifest.jsonl:4")])
 def test_a_manifest_line_that_leads_nowhere_is_named(pictures, line, says):
     coloured(1).save(pictures.parent / "secret.png")
     add_line(pictures, line)
     with pytest.raises(UserError, match=says):
         build_teacher(f"images:{pictures}")
 
+@pytest.mark.parametrize("content", [None, b"\xff\xfe{"])
+def test_a_manifest_that_is_a_folder_or_no_text_is_named(tmp_path, content):
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_bytes(content) if content else manifest.mkdir()
+    with pytest.raises(UserError, match="manifest.jsonl cannot be read .*: give each picture a line"):
+        build_teacher(f"images:{tmp_path}")
 
 def test_a_picture_that_is_cut_is_named(pictures, tmp_path):
     whole = (pictures / "a.png").read_bytes()
@@ -935,8 +1131,133 @@ def test_the_api_gets_text_model_and_size_and_answers_in_base64_or_with_an_url(a
     assert "crayon" in teacher.name
 
 
+def test_fields_are_sent_as_json_values_where_they_are_such(api):
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    spec = api(lambda request, text: respond(request, in_base64(text)))
+    fields = ('size=512x512&steps=4&scale=7.5&transparent=true&user=null&seed="4"&style={"a":[1]}&tag=NaN'
+              "&top=1e999&quality=high+end&big=" + "9" * 5000)
+    build_teacher(f"{spec.partition('#')[0]}#{fields}").encode(["a"])
+    assert api.fields == {"n": 1, "prompt": "a", "size": "512x512", "steps": 4, "scale": 7.5,
+                          "transparent": True, "user": None, "seed": "4", "style": {"a": [1]}, "tag": "NaN",
+                          "top": "1e999", "quality": "high end", "big": "9" * 5000}
+    assert type(api.fields["steps"]) is int
+
+def test_an_address_keeps_its_query_and_each_request_says_who_asks(loopback, monkeypatch):
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    seen = []
+
+    def answer(request, body):
+        seen.append((request.path, request.headers["User-Agent"]))
+        picture = {"url": f"{url}/made?sig=1&x"} if body else None
+        respond(request, json.dumps({"data": [picture]}).encode() if body else drawn("a"))
+
+    url = loopback(answer)
+    for path in ("/v1", "/v1/images/generations", "/v1/"):
+        build_teacher(f"api:{url}{path}?version=2024-02-01#model=crayon").encode(["a"])
+    assert set(seen) == {("/v1/images/generations?version=2024-02-01", "armada-teacher"),
+                         ("/made?sig=1&x", "armada-teacher")} and len(seen) == 6
+
+@pytest.mark.parametrize("field, prefix", [
+    ("url", "data:image/png;base64,"), ("b64_json", "data:image/png;base64,"), ("url", "DATA:;base64,")])
+def test_a_data_url_is_the_picture_itself(api, field, prefix):
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    encoded = prefix + base64.b64encode(drawn("a")).decode()
+    teacher = build_teacher(api(lambda request, text: respond(
+        request, json.dumps({"data": [{field: encoded, "revised_prompt": "b"}]}).encode())))
+    assert (teacher.encode(["a"])[0] == teacher.see(coloured(1)).astype(np.float32)).all()
+
+@pytest.mark.parametrize("answer, says", [
+    (b'{"error": {"message":\n "your credit is used up"}}', "your credit is used up"),
+    (b'{"data": []}', "data"), (b'{"data": [{}]}', "data"), (b"[1]", "1"), (b"5", "5"), (b"null", "null"),
+    (b"", "empty"), (b'{"data": [{"url": 5}]}', "5"), (b'{"data": [{"url": null}]}', "null"),
+    (b'{"data": [{"url": ["http://a"]}]}', "http://a"), (b'{"data": [{"b64_json": 7}]}', "7"),
+    (b'{"data": [{"url": "", "b64_json": null}]}', "null"), (b'{"data": [{"url": "data:,words"}]}', "words"),
+    (b'{"data": [{"b64_json": "bm8gcGljdHVyZQ=="}]}', "bm8g"),
+    (b'{"data": [{"url": "data:"}]}', "data:"), (b"[" * 100_000, r"\[\[\["),
+    (b"<h1>be back soon</h1>", "be back soon"),
+    (b"9" * 5000, "999"), (in_base64("", b"\x89PNG\r\n\x1a\n half of one"), "b64_json"),
+    (f'{{"error": "{"a" * 280} no such key {KEY}"}}'.encode(), "aaa"),
+    (f'{{"error": "{KEY} is no key"}}'.encode(), r"\*\*\* is no key"),
+    (b"\x1b[2J\xff\xfe", "2J")])
+def test_a_complete_answer_that_holds_no_picture_is_told_at_once_in_the_servers_words(api, answer, says):
+    """It was paid for: to ask again would be to pay again."""
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    teacher = build_teacher(api(lambda request, text: respond(request, answer)))
+    with pytest.raises(UserError, match=f"on 'a': the answer holds no picture: .*{says}") as error:
+        teacher.encode(["a"])
+    told = str(error.value)
+    assert api.asked == {"a": 1} and api.waits == []
+    assert "\n" not in told and "\x1b" not in told and len(told) < 500 and KEY[:8] not in told
+
+def test_a_url_that_is_no_text_does_not_hide_the_picture_beside_it(api):
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    answer = {"data": [{"url": None, "b64_json": base64.b64encode(drawn("a")).decode()}]}
+    teacher = build_teacher(api(lambda request, text: respond(request, json.dumps(answer).encode())))
+    assert teacher.encode(["a"]).shape == (1, 768)
+
+def test_the_address_of_a_page_that_is_no_picture_is_told_at_once(api, loopback):
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    asked = []
+
+    def expired(request, body):
+        asked.append(request.path)
+        respond(request, b"<p>expired</p>")
+
+    other = loopback(expired)
+    teacher = build_teacher(api(lambda request, text: respond(
+        request, json.dumps({"data": [{"url": f"{other}/a.png"}]}).encode())))
+    with pytest.raises(UserError, match="the answer holds no picture: <p>expired</p>"):
+        teacher.encode(["a"])
+    assert asked == ["/a.png"] and api.asked == {"a": 1}
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_answer_without_a_length_is_asked_again_only_where_it_was_cut(api, chunked):
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+
+    def answer(request, text):
+        request.protocol_version = "HTTP/1.1"
+        request.send_response(200)
+        content = in_base64(text)
+        if api.asked[text] == 1:
+            content = content[:50]
+        if chunked:
+            request.send_header("Transfer-Encoding", "chunked")
+            content = b"%x\r\n" % len(content) + content + b"\r\n"
+            if api.asked[text] > 1:
+                content += b"0\r\n\r\n"
+        request.send_header("Connection", "close")
+        request.end_headers()
+        request.wfile.write(content)
+
+    assert build_teacher(api(answer)).encode(["a"]).shape == (1, 768)
+    assert api.asked == {"a": 2} and api.waits == [1]
+
+def test_an_answer_may_neither_be_huge_nor_trickle_for_ever(api, monkeypatch):
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    monkeypatch.setattr(teacher_module, "ANSWER_BYTES", 100_000)
+    monkeypatch.setattr(teacher_module, "ANSWER_SECONDS", 0.2)
+    let_go = threading.Event()
+
+    def answer(request, text):
+        if text == "huge":
+            return respond(request, b" " * 100_001)
+        request.send_response(200)
+        request.send_header("Content-Length", "1000")
+        request.end_headers()
+        while not let_go.wait(0.02):
+            request.wfile.write(b" ")
+
+    teacher = build_teacher(api(answer))
+    for text, says in (("huge", "is over 0.0953674 MiB long"),
+                       ("slow", "was not complete after 0.2 seconds")):
+        with pytest.raises(UserError, match=f"on '{text}': the answer {says}"):
+            teacher.encode([text])
+    let_go.set()
+    assert api.asked == {"huge": 1, "slow": 1}  # paid for once each
+
 def test_two_hundred_texts_of_which_some_fail_at_first_are_each_bought_once(api, tmp_path, capfd):
-    """429, 500 and a cut answer are asked again; what came is kept before the next is asked."""
+    """429, 500, a cut answer and none are asked again; what came is kept before the next is asked."""
     failed = Counter()
     rng = np.random.default_rng(0)
 
@@ -950,8 +1271,8 @@ def test_two_hundred_texts_of_which_some_fail_at_first_are_each_bought_once(api,
             respond(request, b"oops", 500)
         elif mode == 2:
             respond(request, whole[:90], length=len(whole))
-        elif mode == 3:  # the answer is whole, the picture in it is not
-            respond(request, in_base64(text, drawn(text)[:60]))
+        elif mode == 3:  # the server hangs up without a word
+            request.close_connection = True
         else:
             respond(request, whole)
 
@@ -1020,20 +1341,30 @@ def test_the_budget_stops_before_more_is_spent(api, tmp_path):
 
 @needs_pillow
 @pytest.mark.parametrize("spec, says", [
-    ("api:", "write api:https"),
-    ("api:example.org/v1", "write api:https"),
-    ("api:ftp://host", "api:https"),
-    ("api:https://me:password@host/v1", "OPENAI_API_KEY"),
-    ("api:https://host/v1?api_key=1", "OPENAI_API"),
-    ("api:https://host/v1#API_KEY=1", "OPENAI_API_KEY"),
-    ("api:https://", "write api:https"),
-    ("api:http://example.org/v1", "use https"),
-])
+    ("api:", "write api:https"), ("api:example.org/v1", "write api:https"), ("api:ftp://host", "api:https"),
+    ("api:https://me:password@host/v1", "OPENAI_API_KEY"), ("api:https://host/v1?api_key=1", "OPENAI_API"),
+    ("api:https://host/v1#API_KEY=1", "OPENAI_API_KEY"), ("api:https://", "write api:https"),
+    ("api:https://password@host/v1", "OPENAI_API_KEY"), ("api:https://host?sig=password", "OPENAI_API_KEY"),
+    ("api:https://host/v1?a=1&Access_Token=password", "OPENAI_API_KEY"),
+    ("api:https://host/v1?client%5Fsecret=password", "OPENAI_API_KEY"),
+    (f"api:https://host/{KEY}/v1", "OPENAI_API_KEY"), (f"api:https://host/v1#user={KEY}", "OPENAI_API_KEY"),
+    ("api:https://host\\@password/v1", "write api:https"), ("api:https://ho st/v1", "write api:https"),
+    ("api:https://host:x/v1", "write api:https"), ("api:https://host/\x1b[2J", "write api:https"),
+    ("api:https://host/\ud800", "write api:https"), ("api:https://h\u00f6st/", "write api:https"),
+    ("api:http://example.org/v1", "use https")])
 def test_an_address_that_would_give_the_key_away_is_refused(spec, says, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(UserError, match=says) as error:
         build_teacher(spec)
-    assert "password" not in str(error.value)
+    assert "password" not in str(error.value) and KEY not in str(error.value)
+
+def test_a_key_of_signs_that_no_header_takes_is_refused_unseen(monkeypatch):
+    pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
+    for key in ("sk-\u2019secret", "sk-\x7fsecret", "sk-\udcffsecret"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match="OPENAI_API_KEY holds signs") as error:
+            build_teacher("api:https://127.0.0.1:9/v1")
+        assert "secret" not in str(error.value)
 
 
 def test_a_key_that_a_long_answer_repeats_is_not_shown_by_halves(api, tmp_path):
@@ -1208,6 +1539,95 @@ def test_a_damaged_cache_file_is_named(tmp_path, where):
         opened(Counting(), tmp_path, texts)
 
 
+@pytest.mark.parametrize("value", ["'a text'", "NULL", "5", "1.5", "CAST(x'ff' AS TEXT)", "x''"])
+def test_a_cache_value_that_is_no_blob_is_made_again(tmp_path, value, capsys):
+    teacher = Counting()
+    opened(teacher, tmp_path, ["a", "bb"])
+    key = Cache.key("counting", "bb")
+    for column in ("value", "crc"):
+        Cache(tmp_path).db.execute(f"UPDATE made SET {column} = {value} WHERE key = {key}")
+        main(["--verify", "--cache-dir", str(tmp_path)])
+        assert "2 entries are whole; thrown away as damaged: 1" in capsys.readouterr().out
+        Cache(tmp_path).db.execute(f"INSERT OR REPLACE INTO made VALUES ({key}, 0, x'')")
+        Cache(tmp_path).db.execute(f"UPDATE made SET {column} = {value} WHERE key = {key}")
+        _, made = opened(teacher, tmp_path, ["a", "bb"])
+        assert made == 1
+    assert teacher.asked[3:] == ["bb", "bb"]
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda path: path.mkdir(), "unable to open"),
+    (lambda path: Path(f"{path}.lock").mkdir(), "Is a directory"),
+    (lambda path: path.write_bytes(b"no database " * 999), "file is not a database"),
+    (lambda path: sqlite3.connect(path).execute("CREATE TABLE made (key INTEGER PRIMARY KEY, vector BLOB)"),
+     "of another program"),
+    (lambda path: sqlite3.connect(path).execute("CREATE TABLE made (key TEXT, crc, value BLOB)"),
+     "of another program"),
+    (lambda path: sqlite3.connect(path).execute("CREATE VIEW made AS SELECT 1 AS key, 2 AS crc, 3 AS value"),
+     "of another program")])
+def test_a_cache_file_that_is_none_is_one_line(tmp_path, capsys, spoil, says):
+    spoil(tmp_path / "teachers.sqlite")
+    with pytest.raises(SystemExit) as stop:
+        main(["--verify", "--cache-dir", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{tmp_path}/teachers.sqlite" in error and says in error
+    assert error.count("\n") == 1
+
+def test_what_is_printed_is_one_line_even_of_a_folder_with_a_line_break(tmp_path, capsys):
+    main(["--verify", "--cache-dir", f"{tmp_path}/a\nb\x1b[2J"])
+    out = capsys.readouterr().out
+    assert r"/a\nb\x1b[2J/teachers.sqlite: 0 entries are whole" in out
+    assert out.count("\n") == 1 and "\x1b" not in out
+
+def test_a_put_that_fails_in_the_middle_leaves_nothing_open(tmp_path):
+    """Neither half of its entries nor a transaction, which would keep all others out."""
+    cache = Cache(tmp_path)
+    with pytest.raises(TypeError):
+        cache.put({1: b"whole", 2: "no bytes"})
+    cache.sql("PRAGMA max_page_count = 10")  # as on a full disk
+    with pytest.raises(UserError, match="teachers.sqlite: database or disk is full"):
+        cache.put({3: b"whole", 4: bytes(10**6)})
+    assert cache.keys().tolist() == []
+    Cache(tmp_path).put({5: b"another's"})
+    cache.put({6: b"whole"})
+    assert cache.keys().tolist() == [5, 6]
+
+@pytest.mark.parametrize("call, text, says", [
+    (lambda text: Cache.key("a teacher", text), "\ud800", "a teacher: "),
+    (lambda text: Cache.key(text, "a"), "\ud800", ""),
+    (lambda text: build_teacher("painter").encode([text]), "a \udcff", "the text 'a "),
+    (lambda text: build_teacher("painter").encode([text]), "a \ud800 cat", "the text 'a ")])
+def test_a_lone_surrogate_is_named_before_it_reaches_a_key_or_a_seed(call, text, says):
+    """Such a text cannot be encoded as UTF-8."""
+    with pytest.raises(UserError, match=f"{says}.*half of a character"):
+        call(text)
+
+def test_clip_names_a_text_with_a_lone_surrogate(clip_folder):
+    with pytest.raises(UserError, match="the text .a .*half of a character"):
+        build_teacher(f"clip:{clip_folder}").encode(["a cat", "a \ud800"])
+
+def fails(*_):
+    raise sqlite3.OperationalError("a bug\nof mine")
+
+@pytest.mark.parametrize("broken, says", [
+    (dict(items=fails), r"items\('train', texts\) raised OperationalError: a bug of mine"),
+    (dict(items=lambda split, texts: None), "items.* raised TypeError"),
+    (dict(items=lambda split, texts: texts[1:]), "returned 1 items for 2 texts: let it return one for each"),
+    (dict(tokenizer=fails, max_tokens=5), "tokenizer raised OperationalError: a bug of mine"),
+    (dict(tokenizer=lambda text: {}, max_tokens=5), "tokenizer raised KeyError"),
+    (dict(costly=False, reader=fails), r"reader\('train', texts\) raised OperationalError"),
+    (dict(costly=False, reader=lambda split, texts: None), "failed on 'train.tsv:1': TypeError")])
+def test_an_error_in_an_added_teacher_is_one_line_that_names_it(tmp_path, broken, says):
+    teacher = Counting()
+    vars(teacher).update(broken)
+    with pytest.raises(UserError, match=f"^counting.*{says}") as error:
+        opened(teacher, tmp_path, ["a", "bb"])
+    assert "\n" not in str(error.value)
+
+def test_items_of_any_sort_of_sequence_are_taken(tmp_path):
+    teacher = Counting()
+    teacher.items = lambda split, texts: (text for text in texts)
+    assert opened(teacher, tmp_path, ["a", "bb"], ["ccc"])[1] == 3
+
 def test_verify_finds_what_is_damaged(tmp_path, capsys):
     opened(Counting(), tmp_path, ["a", "bb"])
     damage(tmp_path, "a")
@@ -1300,3 +1720,9 @@ def test_a_wrong_command_is_one_line_and_status_2(flags, says, capsys):
         main(flags.split())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and says in error and error.count("\n") == 1
+
+def test_a_name_that_the_console_cannot_show_is_one_line_all_the_same():
+    """An ASCII locale, as under cron."""
+    told = subprocess.run([sys.executable, "teacher.py", "--task", "caf\u00e9"], cwd=ROOT,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii:strict"}, capture_output=True)
+    assert told.returncode == 2 and told.stderr.count(b"\n") == 1 and b"unknown task" in told.stderr
