@@ -530,8 +530,30 @@ def known(name, names, what):
 
 
 def find_task(name):
-    """Return the registry entry of a case-insensitive name; an unknown one is a UserError."""
-    return TASKS[known(name.lower(), TASKS, "task")]
+    """Return the registry entry of a case-insensitive name; UserError if there is no sound one."""
+    names = {task_name.lower(): task_name for task_name in TASKS}
+    task = TASKS[names[known(name.lower(), names, "task")]]
+    check_task(task)
+    return task
+
+
+METRICS = ("accuracy", "f1", "mcc", "pearson", "spearman", "answered", "rouge_l",
+           "rouge_l_unstemmed")
+
+
+def check_task(task):
+    """Raise UserError where an entry of TASKS cannot work, before it has cost any training."""
+    what = f"of the task {task.name!r} in data.py:TASKS"
+    if task.kind not in ("classify", "regress", "generate"):
+        raise UserError(f"the kind {task.kind!r} {what}: choose classify, regress or generate")
+    if not (task.text_b is None or isinstance(task.text_b, str)):
+        raise UserError(f"text_b {what} is {task.text_b!r}: give a template, or None for one text")
+    if not task.fields:
+        raise UserError(f"text_a {what} names no column: write it like {{sentence}}")
+    if task.kind == "classify" and len(task.labels) < 2:
+        raise UserError(f"the labels {what}: give two or more, as the files spell them")
+    for metric in task.metrics:
+        known(metric, METRICS, f"metric {what}")
 
 
 # ---- what every reader of files needs ----
@@ -902,10 +924,11 @@ def read_label(task, row, split, where):
                 return score
     else:
         wanted = f"one of {', '.join(task.labels)}"
-        # A class is spelled in lower case, and JSON's true and 1 are "true" and "1".
+        # Case does not count, and JSON's true and 1 are "true" and "1".
+        labels = [label.lower() for label in task.labels]
         label = str(spelled).lower()
-        if label in task.labels:
-            return task.labels.index(label)
+        if label in labels:
+            return labels.index(label)
     raise UserError(f"{where} has the label {spelled!r} in column {task.label_column}: "
                     f"expected {wanted}")
 

@@ -604,7 +604,10 @@ def task_to_score(cell, config, other_task):
     if not other_task:
         return trained
     task = find_task(other_task)
-    if not task.files or task.files != trained.files:
+    if not task.files:
+        raise UserError(f"--task {task.name}: leave it out, it is for tasks to generate, several of "
+                        "which are served by one training")
+    if task.files != trained.files:
         raise UserError(
             f"--task {task.name}: {cell} was trained on other files, those of {trained.name}")
     return task
@@ -867,13 +870,16 @@ def report(cells, save=True):
     Unless save is False, each run that is there as a whole gets a comparison.json.
     """
     lines = []
-    for run, task, arms in by_run(cells):
+    runs = list(by_run(cells))
+    for run, task, arms in runs:
         metric = headline(task, arms)
         # Where a task generates, dev is part of a training file of several tasks, test its own.
         split = "test" if task.kind == "generate" else "dev"
         scores, controls = scores_to_compare(arms, split, metric)
         compared = compare(scores, controls)
-        lines.append(f"{task.name}: dev {metric} in %, mean ± standard deviation over seeds")
+        of_run = f"{run}: " if len(runs) > 1 else ""
+        lines.append(f"{of_run}{task.name}: dev {metric} in %, mean ± standard deviation over "
+                     "seeds")
         lines += table(task, metric, arms)
         lines.append("* chosen on dev, so too good: compare arms by the last epoch")
         lines += verdicts(compared, split)

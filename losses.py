@@ -138,6 +138,13 @@ def manifold_loss(teacher_proj, student_proj, kind):
     m_s = p_s.mean(0)  # (d,)
     if kind == "euclidean":
         return _mse(m_t, m_s)
+    if kind == "cosine":
+        return _mean_cosine_distance(m_t, m_s)
+    raise ValueError(f"the loss kind {kind!r} stands in KINDS, but has no branch in manifold_loss")
+
+
+def _mean_cosine_distance(m_t, m_s):
+    """1 - cos(m_t, m_s) of two vectors (d,), 0-dim; a zero vector has value 1 and gradient 0."""
     _check_shapes(m_t, m_s)
     # DEVIATION: paper says the inner product of the means (Eq. 3), which growing p_s lowers without
     # end; we normalise, as the authors' code does.

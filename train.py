@@ -258,7 +258,8 @@ class Config:
     # DEVIATION: the paper reports three kinds; our default compares each text with its own picture.
     # Its choices are losses.KINDS, whose import would take seconds; a test compares the two.
     loss: str = option(
-        "manifold", "Loss between the two projections.", ("euclidean", "cosine", "manifold"))
+        "manifold", "Loss between the two projections.",
+        ("euclidean", "cosine", "manifold"))
     alpha: float = option(
         0.5, "Weight of the soft labels against the true ones.", low=0, high=1)
     beta: float = option(
@@ -397,7 +398,9 @@ def resolve(config):
         os.environ["HF_HUB_OFFLINE"] = "1"  # which the hub's own library and data.retry ask
     config = fill_defaults(config)
     for arm in config.arms:
-        replace(config, **ARMS[known(arm, ARMS, "arm")])  # its overrides are checked like flags
+        overrides = ARMS[known(arm, ARMS, "arm")]
+        check_names(overrides, f"of the arm {arm!r} in train.py:ARMS")
+        replace(config, **overrides)  # which are checked like flags
     check_generation(config)
     check_processes(config)
     if config.memory and not config.plan:
@@ -409,9 +412,16 @@ def resolve(config):
     return config
 
 
+def check_names(overrides, what):
+    """Raise UserError where a default or an override names no field of Config."""
+    for name in overrides:
+        known(name, [option_field.name for option_field in fields(Config)], f"flag {what}")
+
+
 def fill_defaults(config):
     """Return a copy in which nothing that depends is None: typed values win over every default."""
     task = find_task(config.task or "objects")
+    check_names(task.defaults, f"of the task {task.name!r} in data.py:TASKS")
     defaults = {**DEFAULTS["Default"], **task.defaults}
     if str(config.student).startswith("llama-"):
         defaults |= DEFAULTS["For llama-..."]
@@ -493,7 +503,7 @@ def resume_config(folder, typed):
     for name in typed:
         before, now = getattr(saved, name), getattr(wanted, name)
         if name not in ("resume", "out", *this_start) and before != now:
-            differ.append(f"{flag_of(name)} is {before}, not {now}")
+            differ.append(f"{flag_of(name)} is {as_typed(before)}, not {as_typed(now)}")
     if differ:
         raise UserError(f"--resume {folder}: this run's {'; '.join(differ)}: leave it out, or "
                         "start another")
@@ -501,6 +511,13 @@ def resume_config(folder, typed):
     if folder.resolve().parts[-2:] == (saved.arms[0], str(saved.seeds[0])):  # one cell of a grid
         out = folder.resolve().parent.parent
     return replace(saved, **this_start, resume=str(folder), out=str(out))
+
+
+def as_typed(value):
+    """Return a value as the command line spells it: (0, 1) is 0,1."""
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    return value
 
 
 def configure(argv=None):
@@ -1012,6 +1029,8 @@ class Data:
             # One fixed derangement a seed, a single cycle; dev stays as it is.
             order = np.random.default_rng(seed_of(seed, "shuffled")).permutation(source)
             source[order] = np.roll(order, 1)
+        elif config.pairing != "own":
+            raise ValueError(f"Data.lookup has no branch for the pairing {config.pairing!r}")
         return lambda rows: torch.from_numpy(read(source[rows]))
 
     def noise(self, read, seed):
@@ -1623,7 +1642,12 @@ def vectors_to_make(spec, rows):
 def planned_width(config):
     """Return (width of the teacher's vectors, what to say of it); --proj-dim may not exceed it."""
     kind, argument = split_spec(config.teacher)
-    width = kind.planned_dim(argument, config.picture_encoder)
+    try:
+        width = kind.planned_dim(argument, config.picture_encoder)
+    except UserError:
+        raise
+    except Exception as error:  # of a teacher that was added
+        raise UserError(f"{config.teacher}: its planned_dim failed: {error!r}") from None
     if width is None:
         return max(1024, config.proj_dim or 0), ", width assumed"
     if config.proj_dim and config.proj_dim > width:
@@ -1810,8 +1834,7 @@ def warn_of_micro_batches(config):
     changed = sorted(kinds - set(PER_EXAMPLE))
     if changed and config.micro_batch < config.batch_size:
         print(f"note: --micro-batch {config.micro_batch} changes the loss {' and '.join(changed)}: "
-              f"it compares means over {config.micro_batch} examples, not over {config.batch_size}",
-              flush=True)
+              f"it sees {config.micro_batch} examples at once, not {config.batch_size}", flush=True)
 
 
 def load_data(config):
@@ -1887,8 +1910,8 @@ def main(argv=None, config=None):
         fail("out of memory: try a smaller --micro-batch or --max-length, --grad-checkpoint on or "
              "--amp bf16")
     except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
-        fail(f"{error}; if {config.out} was begun, it is whole: mend this and --resume "
-             f"{config.out}")
+        begun = Path(config.out, "config.json").exists()
+        fail(f"{error}; mend this and --resume {config.out}" if begun else str(error))
     except KeyboardInterrupt as stop:
         status = 128 + (stop.args[0] if stop.args else signal.SIGINT)
         if is_first():

@@ -160,7 +160,8 @@ def test_a_damaged_data_file_is_named_with_its_line(refused, folder, task, file,
     ("train", np.zeros((11, 8)), "train.npy has shape (11, 8), expected (12, 8): one row an example"),
     ("dev", np.zeros((6, 9)), "dev.npy has shape (6, 9), expected (6, 8)"),
     ("dev", np.zeros((6, 8), int), "dev.npy holds int64 of shape (6, 8): expected floats, in C order"),
-    ("train", np.full((12, 8), np.nan), "no finite vector"),
+    ("train", np.full((12, 8), np.nan), "train.npy, whose row 0 (the first is 0)"),
+    ("dev", np.full((6, 8), 1e30), "out of scale beside the root mean square"),
     ("train", np.array([["a"] * 8] * 12, object), "train.npy is no readable array")])
 def test_vectors_that_do_not_fit_are_refused(refused, folder, split, array, says):
     np.save(folder / f"vectors/{split}.npy", array, allow_pickle=True)

@@ -133,7 +133,8 @@ def test_the_readme_counts_the_lines_of_the_reading_path():
     start = readme.index("In one sitting:")
     sentence = readme[start:readme.index(FENCE, start)]
     promised = re.findall(r"`(\w+)\.py` \((\d+)", sentence)
-    assert {module: int(lines) for module, lines in promised} == reading_path()
+    counted = {module: int(lines) for module, lines in promised}
+    assert counted == reading_path(), f"README.md, 'In one sitting': write {reading_path()}"
 
 
 @pytest.mark.parametrize("module", ALLOWED)

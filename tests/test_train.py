@@ -275,7 +275,11 @@ def test_every_flag_of_the_losses_reaches_them(tmp_path, monkeypatch):
     assert cell.student.lm.is_activation_checkpointing or cell.student.lm.is_gradient_checkpointing
     assert isinstance(cell.student.heads["projection"], Householder) and cell.aligner.projection.out_dim == 50
 
-@pytest.mark.parametrize("arm", ["armada", "shuffled", "noise"])
+DISTILLED = [arm for arm, overrides in ARMS.items()
+             if is_distilled(resolve(Config(task="objects", **overrides)))]
+
+
+@pytest.mark.parametrize("arm", DISTILLED)
 def test_the_aligner_sees_the_vector_that_the_pairing_names(tmp_path, monkeypatch, arm):
     """In the controls both roles learn from wrong pictures: else the control would control nothing."""
     cell, seen = cell_of(tmp_path, arm, epochs=1), []
@@ -284,7 +288,8 @@ def test_the_aligner_sees_the_vector_that_the_pairing_names(tmp_path, monkeypatc
     lookup = cell.data.lookup(cell.config, 0)
     for (_, _, _, rows), e in zip(schedule(cell), seen):
         assert torch.equal(e, lookup(rows))
-        assert torch.equal(e, torch.from_numpy(cell.vectors["train"](rows))) == (arm == "armada")
+        own = torch.from_numpy(cell.vectors["train"](rows))
+        assert torch.equal(e, own) == (cell.config.pairing == "own")
 
 def test_no_two_steps_of_a_run_draw_the_same_dropout_and_no_two_epochs_the_same_order(tmp_path, monkeypatch):
     drawn, original = [], training.seed_all
@@ -658,7 +663,8 @@ def test_every_field_of_the_configuration_is_a_flag_with_a_sentence_of_help():
     for field in dataclasses.fields(Config):
         help = field.metadata["help"]
         assert help[0].isupper() and help.endswith(".") and len(help.split()) >= 4, field.name
-    assert Config.__dataclass_fields__["loss"].metadata["choices"] == losses.KINDS
+    choices = Config.__dataclass_fields__["loss"].metadata["choices"]
+    assert choices == losses.KINDS, "name the kind in train.py:Config.loss, too"
 
 def test_help_and_errors_of_flags_come_before_torch_is_imported(tmp_path):
     """A torch that refuses to be imported stands in the way."""
