@@ -604,10 +604,10 @@ def task_to_score(cell, config, other_task):
     if not other_task:
         return trained
     task = find_task(other_task)
-    if not task.files:
+    if task == trained and not task.files:
         raise UserError(f"--task {task.name}: leave it out, it is for tasks to generate, of which "
                         "one training serves several")
-    if task.files != trained.files:
+    if not task.files or task.files != trained.files:
         raise UserError(
             f"--task {task.name}: {cell} was trained on other files, those of {trained.name}")
     return task
