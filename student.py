@@ -273,6 +273,9 @@ class Student(StudentModel):
                     values = out.answer_loss           # (B,)
                 else:
                     values = predictions(out.logits)   # (B,)
+                if not (values.isfinite().all() and out.logits.isfinite().all()):
+                    raise UserError("the student's outputs are not finite: lower --lr, or try "
+                                    "--amp off; what was saved before stands")
                 p_s = out.proj.float().cpu()           # (B, d)
                 for i, value, p in zip(indices, values.tolist(), p_s):
                     answers[i] = value

@@ -91,8 +91,8 @@ def test_instruction_sets_train_on_dolly_and_may_have_several_references(tmp_pat
 
 @pytest.mark.parametrize("text, says", [
     ('[{"instruction": "a", "output": "b", "answer": "answer1"},\n {"instruction"', "is not JSON"),
-    ('{"instruction": "a"}', "is not a list of JSON objects"),
-    ("null", "is not a list of JSON objects"),
+    ('{"instruction": "a"}', "is not a JSON list"),
+    ("null", "is not a JSON list"),
     ("[1]", "json:1 is not a JSON object"),
     ("[]", "train_commonsense.json has no rows"),
     ('[{"instruction": "a", "output": "b", "answer": "true"}]', "has one row"),
@@ -101,7 +101,7 @@ def test_instruction_sets_train_on_dolly_and_may_have_several_references(tmp_pat
      ":1 has no text 'output' or 'answer': found input, instr"),
     ('[{"instruction": "a", "output": [], "answer": "true"}]',
      ":1 has no text 'output' or 'answer'"),
-    ('[{"instruction": "a", "output": "b", "answer": true}]',
+    ('[{"instruction": "a", "output": "b", "answer": {}}]',
      ":1 has no text 'output' or 'answer'"),
     ('[{"instruction": "a", "output": "b", "answer": "perhaps"}]',
      ":1 has the answer 'perhaps': expected"),
@@ -718,7 +718,7 @@ def test_one_training_is_scored_on_the_test_file_of_another_task(config, tmp_pat
 def test_under_bf16_a_loras_base_is_bf16_and_what_trains_is_float32(config, monkeypatch):
     students = []
     monkeypatch.setattr(training, "finish", lambda cell: students.append(cell.student))
-    with pytest.raises(FileNotFoundError):  # no metrics.json without finish()
+    with pytest.raises(UserError, match="metrics.json"):  # there is none without finish()
         train(replace(config, epochs=1, lora=2, amp="bf16"))
     for value in students[0].parameters():
         expected = torch.float32 if value.requires_grad else torch.bfloat16
