@@ -175,3 +175,38 @@ def test_the_aligner_learns_what_only_its_hidden_layers_can_see():
     out = aligner(e)
     assert accuracy(out.logits, y) > 0.95
     assert accuracy(out.aux_logits, y) < 0.7
+
+
+def test_dropout_thins_both_hidden_layers_and_what_the_auxiliary_head_reads():
+    """Each by the rate that was asked for. Biases as large as these keep every relu open."""
+    aligner = TSAligner(400, 3, hidden_dim=400, dropout=0.5).train()
+    torch.nn.init.constant_(aligner.w1.bias, 1e2)
+    torch.nn.init.constant_(aligner.w2.bias, 1e4)
+    thinned = {}
+    for name in ("w1", "w2", "classifier", "aux_classifier"):
+        def note(module, args, name=name):
+            thinned[name] = (args[0] == 0).float().mean().item()
+        getattr(aligner, name).register_forward_pre_hook(note)
+    aligner(torch.randn(8, 400))
+    expected = {"w1": 0, "w2": 0.5, "classifier": 0.5, "aux_classifier": 0.5}
+    assert thinned == pytest.approx(expected, abs=0.05)
+
+
+def test_the_projection_leaves_torchs_precision_of_products_as_it_found_it():
+    """TF32, which a GPU's student is trained with, must be on again afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        Householder(6, 4)(torch.randn(3, 6))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_under_autocast_the_projection_is_computed_in_float32_all_the_same():
+    """In bf16 Q would not be orthogonal; an orthogonal student projects under autocast."""
+    projection = Householder(64, 48)
+    x = torch.randn(5, 64)
+    expected = projection(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(projection(x), expected)

@@ -1114,3 +1114,16 @@ def test_a_model_name_of_any_length_is_one_line():
     with pytest.raises(UserError, match="could not fetch x") as error:
         data.check_available("x" * 5000)
     assert len(str(error.value)) <= 1000
+
+
+def test_the_batches_of_one_pool_come_in_no_order_of_length_either():
+    """Up to 16 batches are one pool: in order, every epoch would end with the longest texts."""
+    lengths = [random.Random(i).randint(5, 100) for i in range(16 * 8)]
+    totals = [sum(lengths[row] for row in batch) for batch in length_grouped_batches(lengths, 8, 1)]
+    assert totals != sorted(totals)
+
+def test_collate_asks_for_no_token_beside_an_answer():
+    """-100 is "no loss"; a label 0 would be a token to learn."""
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}]
+    assert collate(rows, pad_id=0)["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
+    assert collate(rows, 0, "left")["labels"].tolist() == [[-100, 6, 7], [-100, -100, 9]]

@@ -863,3 +863,15 @@ def test_a_missing_matplotlib_is_one_line_with_the_pip_command(finished, monkeyp
         evaluation.main([str(finished), "--plot"])
     assert stop.value.code == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_rounding_loses_no_tie_of_the_sign_flips():
+    """The signs as observed count too, however their sum is rounded: no p is below 2 / 2^n."""
+    assert sign_flip_p([0.7, 0.1, 0.2, 0.3, 0.4]) == 2 / 2**5
+
+
+def test_the_interval_reaches_further_on_the_side_of_the_long_tail():
+    """A sample without the tail has a mean too low and a deviation too small: the sides swap."""
+    values = [1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 4.0]
+    low, high = bootstrap_interval(values)
+    assert high - np.mean(values) > 1.5 * (np.mean(values) - low)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
 
 import eval as evaluation
 import train as training
@@ -651,6 +652,7 @@ def test_a_stopped_lora_run_goes_on_to_the_same_adapters(config, tmp_path, monke
     # As if the package of a metric had been installed only now.
     state = tmp_path / "again/armada/0/last/training.json"
     state.write_text(state.read_text().replace('"accuracy"', '"another"', 1))
+    (state.parent / "checksum").write_text(str(training.checksum(state.parent)))
     train(Config(resume=str(tmp_path / "again")))
 
     whole = tmp_path / "run/armada/0"
@@ -767,3 +769,57 @@ def test_what_a_library_user_may_get_wrong_is_told(student, causal_folder, tmp_p
     shutil.rmtree(base)
     with pytest.raises(UserError, match="needs the base of its LoRA, .*base: could not"):
         load_student(tmp_path / "a" / "last")
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_answers_of_different_lengths_have_the_losses_that_they_have_alone(
+        student, examples, family):
+    """Padding is neither read nor learnt."""
+    made, _, _ = student(family)
+    outputs = ("the correct answer is answer1", "answer2", "it is, I think, the answer1")
+    mixed = [example._replace(output=output) for example, output in zip(examples, outputs)]
+    rows, _ = encode(TASK, mixed, made.tokenizer, 300, True, 32)
+    assert len({len(row["input_ids"]) for row in rows}) == 3
+    with torch.no_grad():
+        together = made(**collate(rows, 0))
+        for i, row in enumerate(rows):
+            alone = made(**collate([row], 0))
+            for one, many in zip(alone, together):
+                torch.testing.assert_close(one[0], many[i], rtol=1e-4, atol=1e-5)
+
+
+def test_of_an_answer_that_is_named_twice_the_last_naming_counts(student, examples):
+    """The first one begins the output: to a BPE it is another token than the last."""
+    made, _, _ = student()
+    twice = examples[0]._replace(output="answer1 or answer2? It is answer1", label=("answer1",))
+    (bag,) = answer_bags(TASK, [twice], made.tokenizer)
+    assert made.tokenizer.decode(bag) == " answer1"
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_no_keys_and_values_are_kept_for_a_next_token(student, family):
+    """They would be gigabytes in training, where none comes."""
+    made, rows, _ = student(family)
+    kept = []
+    made.lm.base_model.register_forward_hook(
+        lambda module, args, out: kept.append(out.past_key_values))
+    made(**collate(rows[:2], 0))
+    assert kept == [None]
+
+
+def test_of_a_lora_the_adapters_alone_are_written(student, tmp_path):
+    """With its base a checkpoint of a 7B model would be 28 GB."""
+    made, _, _ = student(lora=4)
+    made.save(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as written:
+        names = list(written.keys())
+    assert names
+    assert all(".lora_" in name for name in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_output_kl_raises_half_precision_to_float32(dtype):
+    """Under autocast a_s comes in half precision, and a softmax in it would lose most digits."""
+    o_t = torch.linspace(-4, 4, 24).reshape(4, 6).to(dtype)
+    o_s = o_t.flip(0)
+    assert output_kl(o_t, o_s, 5.0) == output_kl(o_t.float(), o_s.float(), 5.0)

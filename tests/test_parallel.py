@@ -208,3 +208,17 @@ def resumed_step(flags, folder):
     update(cell, 1, "aligner", 0, [*range(8)])
     update(cell, 1, "student", 0, [*range(8)])
     return weights_of(cell), cell.done
+
+def aligner_after_three_steps(flags, folder):
+    """With dropout, which is off in the other tests here."""
+    cell = open_cell(flags, folder)
+    cell.aligner.drop.p = 0.5
+    cell.optimizers["aligner"].param_groups[0]["lr"] = 1e-3
+    for step in range(3):
+        update(cell, 0, "aligner", step, [*range(8)])
+    return cell.aligner.state_dict()
+
+def test_all_processes_train_the_same_aligner_dropout_included(tmp_path):
+    """Nothing brings them together again: other draws would be another teacher in each process."""
+    first, second = on_two(tmp_path, aligner_after_three_steps, OBJECTS, tmp_path / "cell")
+    close(first, second, 0)

@@ -13,7 +13,7 @@ import transformers
 import student as student_module
 from data import UserError, collate
 from student import build_student, load_student
-from tests.conftest import FAMILIES, TEXTS
+from tests.conftest import FAMILIES, SMALL, TEXTS
 
 
 def batch_of(student, texts, left=False, extra=0):
@@ -290,3 +290,33 @@ def test_what_the_hub_refuses_is_one_line_after_one_question(monkeypatch, status
     if status:
         server.shutdown()
         server.server_close()
+
+
+def test_an_encoder_tells_the_second_text_from_the_first(model_folder):
+    """By token_type_ids, which must reach the language model."""
+    student = build_student(model_folder("bert"), 3, 12).eval()
+    batch = batch_of(student, TEXTS)
+    first = student(**batch).logits
+    batch["token_type_ids"] = batch["attention_mask"]
+    second = student(**batch).logits
+    assert (first - second).abs().max() > 1e-4
+
+
+def test_an_orthogonal_student_projection_can_be_any_rotation_of_h_s():
+    """That takes a reflection for each coordinate; p_s must meet p_t coordinate by coordinate."""
+    student = build_student("tiny", 2, 40, texts=["a"], orthogonal=True)
+    assert student.heads["projection"].v.shape == (64, 64)
+
+
+def test_albert_has_no_weight_that_waits_for_a_gradient_in_vain(tmp_path):
+    """Its pooler is not read: DDP would wait for it, and stop at the second step."""
+    _, tokenizer = student_module._tiny(TEXTS)
+    config = transformers.AlbertConfig(vocab_size=len(tokenizer), embedding_size=16,
+                                       intermediate_size=64, **SMALL)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    student = build_student(str(tmp_path), 3, 12)
+    out = student(**batch_of(student, TEXTS))
+    sum(tensor.square().sum() for tensor in out).backward()
+    for name, weight in student.named_parameters():
+        assert weight.requires_grad == (weight.grad is not None), name

@@ -771,3 +771,122 @@ def test_the_bare_command_is_the_demonstration_and_a_named_task_one_cell():
         "objects", "tiny", "painter", ("undistilled", "armada", "shuffled"), tuple(range(7)))
     assert (named.student, named.teacher, named.arms, named.seeds, named.lr, named.epochs, named.beta) == (
         "bert-base", "clip", ("armada",), (0,), 2e-5, 10, 1.0)
+
+# ---- found by mutation -------------------------------------------------------------------------------------
+def test_arms_of_one_seed_share_the_aligners_first_weights_and_two_seeds_do_not(tmp_path):
+    first = cell_of(tmp_path / "armada").aligner.state_dict()
+    for arm in ("shuffled", "noise", "random-aligner", "no-output"):
+        assert_identical(first, cell_of(tmp_path / arm, arm).aligner.state_dict())
+    other = cell_of(tmp_path / "other", seed=1).aligner.state_dict()
+    for name in first:
+        assert not torch.equal(first[name], other[name]), name
+
+def test_two_seeds_share_neither_the_order_of_the_data_nor_the_dropout(tmp_path, monkeypatch):
+    """Else the spread over seeds would be that of the initial weights alone, and too small."""
+    orders, drawn = [], []
+    monkeypatch.setattr(training, "seed_all", lambda seed, device: drawn.append(seed))
+    for seed in (0, 1):
+        cell = cell_of(tmp_path / str(seed), "undistilled", seed=seed)
+        orders.append([rows for *_, rows in schedule(cell)])
+        training.seed_step(cell, 0, "student", 0, 0)
+    assert orders[0] != orders[1] and drawn[0] != drawn[1]
+
+def test_shuffling_leaves_no_text_its_own_vector_whatever_the_seed(tmp_path):
+    """Of plain permutations two in three would leave one."""
+    cell = cell_of(tmp_path)
+    own = looked_up(cell, "own", 0)
+    for seed in range(10):
+        assert (looked_up(cell, "shuffled", seed) != own).any(1).all()
+
+def test_a_run_whose_flags_leave_nothing_of_the_teacher_is_a_control():
+    """Soft labels go with alpha or with output_factor, projections with beta."""
+    for flags in ({"beta": 0.0, "alpha": 0.0}, {"beta": 0.0, "output_factor": 0.0}):
+        config = resolve(Config(**QUICK, arms=("armada",), **flags))
+        assert not is_distilled(config) and training.is_control(config)
+        config = dataclasses.replace(config, beta=1.0)
+        assert is_distilled(config) and not training.is_control(config)
+
+def test_in_the_students_step_the_aligner_keeps_nothing_for_a_backward_pass(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "student_loss", lambda out_s, out_t, *args, **kwargs: seen.extend(out_t)
+                        or losses.student_loss(out_s, out_t, *args, **kwargs))
+    training.update(cell_of(tmp_path), 0, "student", 0, [0, 1])
+    assert len(seen) == 3 and not any(tensor.requires_grad for tensor in seen)
+
+def test_a_weight_without_a_gradient_decays_by_a_hundredth_of_the_rate(tmp_path):
+    """No text has a 512th token: weight decay alone moves its position."""
+    cell = cell_of(tmp_path, "undistilled", epochs=1)
+    position = cell.student.lm.embeddings.position_embeddings.weight[511]
+    before = position.detach().clone()
+    run(cell)
+    factor = np.prod([1 - 0.01 * 4e-3 * lr_factor(step, 3) for step in range(3)])
+    torch.testing.assert_close(position.detach(), before * factor, rtol=1e-6, atol=0)
+
+def test_a_loss_scale_changes_no_update_and_grows_where_nothing_overflows(tmp_path):
+    """fp16's scaler on a CPU: before a gradient is measured and clipped it is divided by the scale again."""
+    found = []
+    for enabled in (False, True):
+        cell = cell_of(tmp_path / str(enabled), "undistilled", epochs=1)
+        cell.scalers["student"] = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2,
+                                                       enabled=enabled)
+        run(cell)
+        norms = [row["grad_norm"] for row in lines(tmp_path / str(enabled)) if "grad_norm" in row]
+        found.append((norms, [weight.detach() for weight in cell.student.parameters()]))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-4, rtol=1e-3)
+    assert cell.scalers["student"].get_scale() == 2.0**11  # three steps
+
+def test_of_two_equal_epochs_the_first_is_the_best(tmp_path):
+    cell = cell_of(tmp_path, "undistilled")
+    for epoch, score in enumerate((0.5, 0.7, 0.7, 0.6), 1):
+        cell.keep_if_best(epoch, {"accuracy": score})
+    assert cell.best == {"epoch": 2, "dev": {"accuracy": 0.7}}
+
+def test_a_line_of_the_log_is_the_mean_over_the_steps_since_the_line_before(tmp_path, monkeypatch):
+    seen = []
+
+    def noted(cell, epoch, role, step, rows):
+        values = update(cell, epoch, role, step, rows)
+        seen.append((epoch + 1, role, values, rows))
+        return values
+
+    update = training.update
+    monkeypatch.setattr(training, "update", noted)
+    cell = cell_of(tmp_path)
+    run(cell)
+    written = [row for row in lines(tmp_path) if "role" in row]
+    assert [row["step"] for row in written] == [3, 3, 6, 6]  # a line for each role and epoch
+    for row in written:
+        steps = [(values, rows) for epoch, role, values, rows in seen
+                 if (epoch, role) == (row["epoch"], row["role"])]
+        assert row["steps"] == len(steps) == 3
+        assert row["tokens"] == sum(cell.data.lengths[i] for _, rows in steps for i in rows)
+        for name in steps[0][0]:
+            assert row[name] == pytest.approx(np.mean([values[name].item() for values, _ in steps]))
+
+def test_micro_batches_are_logged_as_the_mean_over_the_batch(tmp_path, monkeypatch):
+    """Weighted by their share of it; with dropout off, whose draws differ by micro-batch."""
+    original = torch.nn.Module.train
+    monkeypatch.setattr(torch.nn.Module, "train", lambda self, mode=True: original(self, False))
+    whole, parts = [training.update(cell_of(tmp_path / str(micro), micro_batch=micro), 0, "student", 0,
+                                    [*range(13)]) for micro in (16, 8)]
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6)
+
+def test_the_mean_gradient_norm_is_over_the_students_steps_and_not_over_lines():
+    rows = [{"role": "student", "grad_norm": 1.0, "steps": 50},
+            {"role": "student", "grad_norm": 4.0, "steps": 25},
+            {"role": "aligner", "grad_norm": 99.0, "steps": 75}, {"epoch": 1, "dev": {}}]
+    assert training.mean_gradient_norm(rows) == 2.0
+
+def test_a_resumed_regression_keeps_the_biases_that_it_has_learnt(official, tmp_path):
+    config = resolve(Config(task="stsb", data_dir=official, student="tiny", teacher="painter", epochs=1,
+                            arms="armada", out=str(tmp_path / "x")))
+    data = Data(config)
+    cell = Cell(config, data, tmp_path)
+    heads = [name for name, _ in cell.models.named_parameters() if name.endswith("classifier.bias")]
+    for name in heads:
+        torch.nn.init.constant_(cell.models.get_parameter(name), 1.25)
+    cell.save("last")
+    resumed = Cell(config, data, tmp_path)
+    assert [resumed.models.get_parameter(name).item() for name in heads] == [1.25] * 4
