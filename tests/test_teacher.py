@@ -1728,10 +1728,6 @@ def test_a_name_that_the_console_cannot_show_is_one_line_all_the_same():
     assert told.returncode == 2 and told.stderr.count(b"\n") == 1 and b"unknown task" in told.stderr
 
 
-        main(flags)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and says in err and err.count("\n") == 1
-
 def test_the_noise_of_a_dose_is_each_texts_own():
     """One noise for all texts would be a constant, which a student can subtract."""
     noise = build_teacher("painter:0").encode([f"a {name}" for name in list(OBJECTS)[:20]]).astype(float)
