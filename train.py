@@ -362,7 +362,9 @@ LARGEST = 10**12  # of any number on the command line; the square of a larger on
 
 def check_limits(flag, value, limits):
     """Raise UserError unless a number is finite and within its option's limits."""
-    low, high, above = limits["low"], limits["high"], limits["above"]
+    low = limits["low"]
+    high = limits["high"]
+    above = limits["above"]
     if LARGEST < value < math.inf:
         raise UserError(f"{flag} is too large: give {LARGEST:.0e} at most")
     if low <= value <= high and above < value < math.inf:  # nan is neither
@@ -1101,7 +1103,8 @@ class Cell:
 
     def build_student(self, checkpoint):
         """Make the student, whose first weights depend on the seed alone, or open a saved one."""
-        config, data = self.config, self.data
+        config = self.config
+        data = self.data
         torch.manual_seed(seed_of(self.seed, "student"))
         if checkpoint:
             self.student = load_student(checkpoint)
@@ -1119,9 +1122,12 @@ class Cell:
 
     def build_aligner(self):
         """Make the aligner and the lookup of its vectors; an arm without a teacher has neither."""
-        config, data = self.config, self.data
+        config = self.config
+        data = self.data
         torch.manual_seed(seed_of(self.seed, "aligner"))
-        self.aligner = self.vectors = self.teacher_vectors = None
+        self.aligner = None
+        self.vectors = None          # {split: the function rows -> their own vectors (n, d_e)}
+        self.teacher_vectors = None  # the function training rows -> the vectors that they get
         if is_distilled(config):
             self.vectors = data.vectors[config.teacher]
             self.teacher_vectors = data.lookup(config, self.seed)
