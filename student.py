@@ -10,6 +10,7 @@ the answer's bag of tokens over an answer vocabulary V_a (losses.answer_losses),
 
     load_student("runs/rte/armada/0/last").predict([("A man sleeps.", "A man is awake.")])
 """
+import inspect
 import json
 import os
 import re
@@ -28,15 +29,17 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from align import Householder, Outputs
-from data import SHORT_NAMES, UserError, check_available, collate, explain_loading, load_tokenizer
+from data import (SHORT_NAMES, UserError, check_available, check_text, collate, explain_loading,
+                  load_tokenizer, read_json)
 from losses import answer_losses, predictions
 
 POOLED = ("bert", "roberta", "xlm-roberta")  # whose pooler_output is read
-LORA_TARGETS = ("q_proj", "v_proj",           # LLaMA, OPT
-                "query", "value",             # BERT
-                "query_proj", "value_proj")   # DeBERTa
+LORA_TARGETS = (  # what families call their maps to queries and to values, or one map to both
+    "q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "q_lin", "v_lin", "q", "v",
+    "q_head", "v_head", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")
 
 
 class AnswerOutputs(NamedTuple):
@@ -61,8 +64,7 @@ class StudentModel(nn.Module):
         self.generates = bool(vocabulary)
         self.decoder = is_decoder(lm.config)
         # The longest text that tokenizer and position table allow; OPT's tokenizer alone says 1e30.
-        positions = getattr(lm.config, "max_position_embeddings", 10**9)
-        self.max_tokens = min(tokenizer.model_max_length, positions)
+        self.max_tokens = min(tokenizer.model_max_length, count_positions(lm))
 
         # All that load_student() needs to build the same student again; save() writes it.
         if not lora:
@@ -177,7 +179,9 @@ class StudentModel(nn.Module):
 
     def checkpoint_gradients(self):
         """Recompute layers in the backward pass: up to 1.4 times the time, one layer's activations
-        only."""
+        only. UserError if the family cannot."""
+        if not self.lm.supports_gradient_checkpointing:
+            raise UserError(f"--grad-checkpoint on: {self.lm.config.model_type} cannot: give off")
         # Re-entrant checkpointing drops all gradients, silently, if the inputs need none (frozen
         # embeddings).
         self.lm.activation_checkpointing_enable({"use_reentrant": False})
@@ -207,8 +211,9 @@ class LoRA(nn.Module):
         self.base = base
         self.scale = self.alpha / rank
         self.drop = nn.Dropout(self.dropout)
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        out_width, in_width = as_held(base, base.weight).shape
+        self.lora_A = nn.Linear(in_width, rank, bias=False)
+        self.lora_B = nn.Linear(rank, out_width, bias=False)
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
@@ -221,7 +226,7 @@ class LoRA(nn.Module):
         """One linear map, W + (alpha / r) B A, that does the same at no extra cost (and without
         dropout)."""
         update = self.scale * self.lora_B.weight @ self.lora_A.weight   # (out, in)
-        self.base.weight.data += update.to(self.base.weight.dtype)
+        self.base.weight.data += as_held(self.base, update).to(self.base.weight.dtype)
         return self.base
 
 
@@ -229,13 +234,12 @@ def add_lora(lm, rank):
     """Freeze a language model and put a LoRA around each of its query and value maps.
     UserError if it has none that LORA_TARGETS names, or if they are narrower than the rank."""
     lm.requires_grad_(False)
-    targets = {}
-    for name, module in lm.named_modules():
-        if name.split(".")[-1] in LORA_TARGETS and isinstance(module, nn.Linear):
-            targets[name] = module
+    maps = linear_maps(lm)
+    targets = {name: maps[name] for name in maps if name.split(".")[-1] in LORA_TARGETS}
     if not targets:
+        there = sorted({name.split(".")[-1] for name in maps})
         raise UserError(f"--lora: {lm.config.model_type} has no linear map named "
-                        f"{', '.join(LORA_TARGETS)}: try --lora 0")
+                        f"{', '.join(LORA_TARGETS)}, but {', '.join(there)}: try --lora 0")
     largest_rank = min(min(module.weight.shape) for module in targets.values())
     if rank > largest_rank:
         raise UserError(f"--lora {rank}: the model's maps are of rank {largest_rank} themselves; "
@@ -316,32 +320,53 @@ class Student(StudentModel):
 
     def predict(self, texts):
         """Return the label names (scores for a regression) of texts, in their order.
-        A text is a string or, for a two-text task on an encoder, a pair (text_a, text_b). A decoder
-        wants the prompt it was trained on, TASKS[...].prompt(example); one that generates answers
-        with texts, and raises UserError if a prompt leaves no room for an answer."""
+        A text is a string or, for a two-text task, a pair (text_a, text_b). A student that
+        generates wants the prompt that it was trained on, TASKS[...].prompt(example), and answers
+        with texts. UserError for what is no text, or too long: training shortens the longest field
+        of such a row, and a finished text no longer tells its fields."""
         if isinstance(texts, str):
             raise UserError("predict wants a list of texts: predict([text])")
+        rows = [self._encode_text(text, f"text {i}") for i, text in enumerate(texts, 1)]
         if self.generates:
-            cut = {}  # the end of a prompt must not be lost: one too long is an error
-        else:
-            cut = {"truncation": True, "max_length": self.settings["max_length"],
-                   "return_token_type_ids": not self.decoder}
-        rows = []
-        for text in texts:
-            pair = (text,) if isinstance(text, str) else text
-            rows.append(dict(self.tokenizer(*pair, **cut)))
-        if self.generates:
-            room = self.max_tokens - self.settings["max_new_tokens"]
-            longest = max(len(row["input_ids"]) for row in rows)
-            if longest > room:
-                raise UserError(f"a prompt has {longest} tokens, {room} leave room for an answer: "
-                                "shorten it")
             return self.generate(rows)
         answers, _ = self.answers(rows)
         labels = self.settings["labels"]
         if not labels:
             return answers
         return [labels[answer] for answer in answers]
+
+    def _encode_text(self, text, where):
+        """Return the row that data.encode would make of an example with this text."""
+        parts = [text] if isinstance(text, str) else text
+        # A task of single texts has pairs (text, None).
+        if isinstance(parts, (list, tuple)):
+            parts = [part for part in parts if part is not None]
+        most = 1 if self.generates else 2
+        are_texts = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+        if not are_texts or not 1 <= len(parts) <= most:
+            wanted = "one prompt, a string" if self.generates else "a string or two"
+            raise UserError(f"{where} must be {wanted}, not {text!r}")
+        for part in parts:
+            check_text(part, where)
+        if self.decoder:
+            parts = ["\n".join(filter(None, parts))]  # as Task.prompt does
+        encoded = self.tokenizer(*([part] for part in parts), verbose=False)
+        row = {"input_ids": encoded["input_ids"][0]}
+        if "token_type_ids" in encoded and not self.decoder:
+            row["token_type_ids"] = encoded["token_type_ids"][0]
+
+        length = len(row["input_ids"])
+        room = min(self.settings["max_length"], self.max_tokens)
+        left = ""
+        if self.generates:
+            room -= self.settings["max_new_tokens"]
+            left = " leave room for an answer"
+        if length > room:
+            raise UserError(f"{where} has {length} tokens, {room}{left or ' fit'}: shorten it, or "
+                            "train with a larger --max-length")
+        if length == 0:
+            raise UserError(f"{where} has no token: {text!r} is empty to this tokenizer")
+        return row
 
     @contextmanager
     def evaluation_mode(self):
@@ -367,6 +392,18 @@ class Student(StudentModel):
             indices = order[start:start + batch_size]
             batch = collate([rows[i] for i in indices], self.tokenizer.pad_token_id, side)
             yield indices, {key: value.to(device) for key, value in batch.items()}
+
+    def try_autocast(self, autocast):
+        """UserError if the model cannot run within autocast(), as DeBERTa-v1 cannot: its mask is
+        float32's smallest number, which bf16 has not."""
+        try:
+            with self.evaluation_mode(), autocast():
+                for _, batch in self._batches_by_length(_trial_rows(self), 3):
+                    self(**batch)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.lm.config.model_type} does not run in half precision "
+                            f"({reason}): give --amp off") from None
 
     # ---- how its weights are held ----
     def round_frozen_weights(self):
@@ -431,6 +468,12 @@ class Student(StudentModel):
     def _save_adapters(self, folder, adapters):
         """Write the two files of a PeftModel, which name the base; the base stays where it is."""
         base = self.settings["base"]
+        targets = set()
+        is_transposed = False
+        for name, module in self.lm.named_modules():
+            if isinstance(module, LoRA):
+                targets.add(name.split(".")[-1])
+                is_transposed = isinstance(module.base, Conv1D)  # all are, or none
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM" if self.generates else "FEATURE_EXTRACTION",
@@ -440,10 +483,21 @@ class Student(StudentModel):
             "r": self.settings["lora"],
             "lora_alpha": LoRA.alpha,
             "lora_dropout": LoRA.dropout,
-            "target_modules": LORA_TARGETS}
+            "target_modules": sorted(targets),
+            "fan_in_fan_out": is_transposed}
         prefixed = {PEFT_PREFIX + name: value for name, value in adapters.items()}
         save_file(prefixed, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+    def load_adapters(self, tensors):
+        """Take the adapters that _save_adapters() wrote, all of them and nothing else."""
+        adapters = {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
+        own = {name for name in self.lm.state_dict() if ".lora_" in name}
+        if own != set(adapters):
+            example = min(own ^ set(adapters))
+            raise UserError(f"its adapters are other maps' than the base's: {example}")
+        self.lm.load_state_dict(adapters, strict=False)  # the base's weights are there
 
 
 def _strip_prefix(state, prefix):
@@ -467,7 +521,16 @@ def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
     base = name_or_path
     if Path(name_or_path).is_dir():
         base = str(Path(name_or_path).resolve())
-    return Student(lm, tokenizer, num_labels, proj_dim, base=base, **settings)
+    student = Student(lm, tokenizer, num_labels, proj_dim, base=base, **settings)
+    try_out(student, name_or_path)
+    return student
+
+
+# The types of student.json's values, which stand in Student.settings.
+SETTINGS = {
+    "num_labels": int, "proj_dim": int, "dropout": (int, float), "orthogonal": bool, "labels": list,
+    "max_length": int, "vocabulary": list, "max_new_tokens": int, "lora": int,
+    "base": (str, type(None))}
 
 
 def load_student(folder):
@@ -476,20 +539,26 @@ def load_student(folder):
     base = None
     try:
         # Read before the model is loaded, so that a wrong folder is refused at once.
-        settings = json.loads(Path(folder, "student.json").read_text())
-        base = settings.get("base")
-        model_class = _model_class(settings.get("vocabulary"))
-        lm, tokenizer = load_pretrained(base or str(folder), model_class)
+        settings = read_json(Path(folder, "student.json"))
+        for name, kind in SETTINGS.items():
+            value = settings.get(name)
+            may_be_zero = kind is not int or name == "lora"
+            if not isinstance(value, kind) or not (may_be_zero or value > 0):
+                raise UserError(f"its student.json has {name} {value!r}")
+        if settings["labels"] and len(settings["labels"]) != settings["num_labels"]:
+            raise UserError("its student.json has not num_labels labels")
+        base = settings["base"]
+        model_class = _model_class(settings["vocabulary"])
+        # What a saved student lacks must not start at random, as a pretrained model's pooler may.
+        lm, tokenizer = load_pretrained(base or str(folder), model_class, is_whole=base is None)
         student = Student(lm, tokenizer, **settings)
         if base:
-            adapters = load_file(Path(folder, "adapter_model.safetensors"))
-            adapters = {name.removeprefix(PEFT_PREFIX): value for name, value in adapters.items()}
-            student.lm.load_state_dict(adapters, strict=False)  # the base's weights are there
+            student.load_adapters(load_file(Path(folder, "adapter_model.safetensors")))
         student.heads.load_state_dict(load_file(Path(folder, "heads.safetensors")))
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        try_out(student, str(folder))
+    except Exception as error:  # of many kinds, as many as there are ways to damage a file
         why = f"needs the base of its LoRA, {base}" if base else "is damaged or no last/ or best/"
-        one_line = " ".join(str(error).split())
-        raise UserError(f"{folder} {why}: {one_line}") from None
+        raise UserError(f"{folder} {why}: {' '.join(str(error).split())}") from None
     return student.eval()
 
 
@@ -526,35 +595,48 @@ def _tiny(texts):
     return transformers.BertModel(config), tokenizer
 
 
-def load_pretrained(name, model_class=transformers.AutoModel, weights=True):
+def load_pretrained(name, model_class=transformers.AutoModel, weights=True, is_whole=False):
     """Load (model, tokenizer) from a short name, hub id or folder; without weights, after the same
     checks, (None, tokenizer). UserError of one line if a student cannot be made of it.
     The model is float32 whatever the checkpoint's dtype. OPT's is float16, in which lr times
-    gradient rounds to nothing, and which GradScaler refuses."""
+    gradient rounds to nothing, and which GradScaler refuses. Code that comes with a model is never
+    run. is_whole: whether weights that the files lack are an error."""
     source = check_available(name)
     generates = model_class is transformers.AutoModelForCausalLM
+    config = load_config(name, generates)
     with explain_loading(name):
-        config = load_config(name, generates)
         tokenizer = load_tokenizer(name, source)
-        if generates:
-            _check_generation(name, config, tokenizer)
+        _check_tokenizer(name, config, tokenizer)
+        if is_decoder(config):
+            leave_open(tokenizer)
+        if generates and tokenizer.eos_token is None:
+            raise UserError(f"{name}'s tokenizer has no eos_token, with which an answer ends")
+        _check_shards(name)
         if not weights:
             return None, tokenizer
+        # weights_only: a .bin file is a pickle, which could run code.
         model, info = model_class.from_pretrained(
-            **source, config=config, dtype=torch.float32, output_loading_info=True)
+            **source, config=config, dtype=torch.float32, weights_only=True,
+            trust_remote_code=False, output_loading_info=True)
     missing = ", ".join(sorted(info["missing_keys"])[:3])
-    if missing and generates:
+    if missing and (generates or is_whole):
         raise UserError(f"{name} is no {model_class.__name__}: it lacks {missing}")
     if missing:
         print(f"note: {name} lacks {missing}, which start at random")
+    # What the tokenizer tells of segments is for a model that has at least two.
+    takes = inspect.signature(model.base_model.forward).parameters
+    if "token_type_ids" not in takes or getattr(config, "type_vocab_size", 2) < 2:
+        names = tokenizer.model_input_names
+        tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
     return model, tokenizer
 
 
 def load_config(name, generates):
     """Load the transformers config of a short name, hub id or folder; its config.json is enough.
     UserError if no student, or none that generates, can be made of such a model."""
+    source = check_available(name)
     with explain_loading(name):
-        config = transformers.AutoConfig.from_pretrained(**check_available(name))
+        config = transformers.AutoConfig.from_pretrained(**source, trust_remote_code=False)
     if config.is_encoder_decoder or not hasattr(config, "hidden_size"):
         raise UserError(f"{name} is a {config.model_type} model: give one like BERT or OPT")
     if generates and not is_decoder(config):
@@ -565,15 +647,198 @@ def load_config(name, generates):
     return config
 
 
-def _check_generation(name, config, tokenizer):
-    """UserError if the answers of a language model cannot be learnt here."""
-    # Of Granite, Cohere and Gemma 2, in this order.
-    for setting in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
-        if getattr(config, setting, None) not in (None, 1):
-            raise UserError(f"{name} changes its logits after the vocabulary head, "
-                            "which is not built here")
-    if tokenizer.eos_token is None:
-        raise UserError(f"{name}'s tokenizer has no eos_token, with which an answer ends")
+def _check_tokenizer(name, config, tokenizer):
+    """UserError if texts cannot be made into rows for a model by its tokenizer."""
+    if not tokenizer.is_fast:
+        kind = type(tokenizer).__name__  # one that is written in Python alone
+        raise UserError(f"{name}'s {kind} does not tell where in a text a token stands, which "
+                        "shortening needs: give a model with a tokenizer.json")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{name}'s tokenizer has no token to fill rows with: set pad_token in its "
+                        "tokenizer_config.json")
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise UserError(f"{name}'s tokenizer_config.json has model_max_length "
+                        f"{tokenizer.model_max_length!r}: give a number")
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    rows = getattr(config, "vocab_size", None) or tokens
+    if tokens > rows:
+        raise UserError(f"{name}'s tokenizer has {tokens} tokens, its model only {rows}: "
+                        f"save it after model.resize_token_embeddings({tokens})")
+
+
+def _check_shards(name):
+    """UserError if a folder's list of weight files names one outside of the folder."""
+    for path in sorted(Path(name).glob("*.index.json")):  # none where the name is a hub id
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{path} has no weight_map: save the model again")
+        for file in map(str, weight_map.values()):
+            # By its name alone: the files of the hub's cache are links that lead outside.
+            inside = os.path.normpath(file)
+            if os.path.isabs(inside) or inside.startswith(".."):
+                raise UserError(f"{path} names {file}, outside of the folder: copy that into it")
+
+
+def leave_open(tokenizer):
+    """Keep a decoder's tokenizer from ending each text with end-of-text, as some do: an answer
+    follows, and a state that is pooled would be read behind the end."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("a")["input_ids"]
+    if ids == plain or ids[-1] != tokenizer.eos_token_id:
+        return
+    while ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    front = tokenizer.convert_ids_to_tokens(ids[:len(ids) - len(plain)])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*front, "$A"], special_tokens=list(zip(front, ids)))
+
+
+def linear_maps(lm):
+    """Return {name: module} of all linear maps of a language model."""
+    return {name: module for name, module in lm.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))}
+
+
+def as_held(linear, weight):
+    """Turn a weight from (out, in) into the form that a linear map holds it in, or back again: that
+    of GPT-2's Conv1D is (in, out)."""
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def count_positions(lm):
+    """Return how many tokens the position table of a language model holds, 10**9 without one."""
+    for name, module in lm.named_modules():
+        # RoBERTa and its relatives count from padding_idx + 1: 514 positions hold 512 tokens.
+        first = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and first is not None:
+            return module.num_embeddings - first - 1
+    for name in ("max_position_embeddings", "max_seq_len"):
+        positions = getattr(lm.config, name, None) or 0
+        if positions > 0:  # XLNet, which has no table, says -1
+            return positions
+    return 10**9
+
+
+# ---- a new student is tried out on a few tokens ----
+def try_out(student, name):
+    """Run a new student on a few tokens; UserError where it would not answer as it is trained to.
+    Padding may change no vector and the last word must reach it. Of a student that generates no
+    state may have read a later token, and generate() must take training's states and logits.
+    Weights that no output depends on are frozen, for DistributedDataParallel would wait for their
+    gradients. Costs three passes over at most 18 tokens; draws no number and changes no weight."""
+    if student.lm.device.type == "meta":
+        return  # it has no numbers
+    modes = {module: module.training for module in student.modules()}
+    student.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), _tapped_head(student) as tapped:
+            fault = _find_fault(student, tapped)
+    except Exception as error:  # of many kinds, as many as there are families
+        reason = " ".join(str(error).split())
+        fault = f"does not run as a student here: {type(error).__name__}: {reason}"
+    if fault:
+        raise UserError(f"{name} ({student.lm.config.model_type}) {fault}: "
+                        "give one like BERT, OPT or LLaMA")
+    for module, mode in modes.items():
+        module.training = mode
+
+
+def _find_fault(student, tapped):
+    """Return what is wrong with a student, in words, or None; see try_out."""
+    rows = _trial_rows(student)
+    with torch.enable_grad():
+        out = student(**collate(rows, student.tokenizer.pad_token_id))
+    _freeze_unread(student, out)
+    with torch.no_grad():
+        alone = student(**collate(rows[2:], student.tokenizer.pad_token_id))
+        if not _equal(out.proj[2:], alone.proj):
+            return "gives a text another vector when longer texts stand beside it"
+        if not student.generates:
+            differ = rows[0] != rows[1]  # they cannot where the vocabulary has hardly a word
+            if differ and _equal(out.proj[:1], out.proj[1:2], 1e-5):
+                return "pools a state that has not read the last word of a text"
+            return None
+        read = tapped[0][0]  # the states behind which an answer's token stands (7, d_s): 3, 3, 1
+        if not _equal(read[:3], read[3:6]):
+            return "has read the later tokens that it should write"
+        tapped.clear()
+        prompts = [{"input_ids": row["input_ids"][:row["labels"].count(-100)]} for row in rows]
+        written = student.lm.generate(
+            **collate(prompts, student.tokenizer.pad_token_id, "left"), do_sample=False,
+            max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        if len(tapped) != 1:
+            return "writes without its vocabulary head"
+        states, logits = (tensor[:, -1] for tensor in tapped[0])  # (3, d_s), (3, V)
+        if not _equal(states, read[[0, 3, 6]]):
+            return "writes from other states than those that are trained"
+        if not _equal(written.logits[0], logits):
+            return "changes its logits after the vocabulary head, which is not built here"
+    return None
+
+
+def _trial_rows(student):
+    """Return three rows: six tokens, the same with another one at the end, and three tokens."""
+    special = set(student.tokenizer.all_special_ids)
+    ids = sorted(set(student.tokenizer.get_vocab().values()) - special)
+    ids = [ids[i * len(ids) // 7] for i in range(7)]  # from all over the vocabulary
+    rows = []
+    for tokens in (ids[:6], [*ids[:5], ids[6]], ids[:3]):
+        row = {"input_ids": tokens}
+        if student.generates:
+            prompt_length = (len(tokens) + 1) // 2  # 3, 3 and 2
+            row["labels"] = [-100] * prompt_length + tokens[prompt_length:]
+        elif not student.decoder and "token_type_ids" in student.tokenizer.model_input_names:
+            row["token_type_ids"] = [0] * len(tokens)
+        rows.append(row)
+    return rows
+
+
+@contextmanager
+def _tapped_head(student):
+    """Yield a list that gets (input, output) of every call of a vocabulary head. Its logits are
+    made as large as a trained model's, or a cap of 30 would not show in those of a random one."""
+    tapped = []
+
+    def tap(head, inputs, logits):
+        logits = logits * (50 / logits.detach().abs().max())
+        tapped.append((inputs[0].detach(), logits.detach()))
+        return logits
+
+    if not student.generates:
+        yield tapped
+        return
+    handle = student.lm.get_output_embeddings().register_forward_hook(tap)
+    try:
+        yield tapped
+    finally:
+        handle.remove()
+
+
+def _equal(a, b, tolerance=3e-4):
+    """Whether two tensors are the same but for rounding, as a share of the largest number. Of large
+    random models that is 1e-5; ConvBERT's convolution over padding changes 1e-3."""
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())  # False of nan
+
+
+def _freeze_unread(student, outputs):
+    """Freeze the weights that no output was computed from, as its graph tells."""
+    nodes = [tensor.grad_fn for tensor in outputs if tensor.grad_fn]
+    if not nodes:
+        return  # loaded in inference mode: it will not train
+    seen = set(nodes)
+    read = set()
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):  # a leaf, which gathers the gradient of a weight
+            read.add(node.variable)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                nodes.append(parent)
+    for weight_name, weight in student.named_parameters():
+        # Which experts are asked depends on the tokens.
+        if weight not in read and ".experts." not in weight_name:
+            weight.requires_grad_(False)
 
 
 # ---- where it runs: device, precision, processes ----

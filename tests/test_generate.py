@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
 
 import eval as evaluation
 import train as training
@@ -630,6 +632,44 @@ def test_eight_prompts_are_learnt_and_generated_back_exactly(config, tmp_path):
     student = load_student(folder / "last")
     prompts = [ALPACA[0].format(instruction=row[0]) for row in ROWS]
     assert student.predict(prompts) == outputs
+    assert [student.predict([prompt])[0] for prompt in prompts] == outputs
+
+
+def test_an_adapter_file_of_other_maps_is_refused(student, tmp_path):
+    made, _, _ = student(lora=4)
+    made.save(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    adapters = load_file(path)
+    renamed = {name.replace("q_proj", "k_proj"): value for name, value in adapters.items()}
+    fewer = dict(list(adapters.items())[1:])
+    for tensors in (renamed, fewer, {}):
+        save_file(tensors, path)
+        with pytest.raises(UserError, match="its adapters are other maps' than the base's: .*lora_"):
+            load_student(tmp_path)
+
+
+def test_the_adapters_file_names_the_maps_that_were_found(student, tmp_path):
+    made, _, _ = student(lora=4)
+    made.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_a_tokenizer_that_ends_texts_does_not_end_prompts(student, causal_folder, tmp_path):
+    """An answer is to follow. A state that is pooled would be that of the same token each time."""
+    made, rows, _ = student()
+    shutil.copytree(causal_folder(), tmp_path / "ends")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(causal_folder())
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.save_pretrained(tmp_path / "ends")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "ends")("a b")["input_ids"][-1] == 2
+    for vocabulary in ((5, 6), ()):
+        ends = build_student(str(tmp_path / "ends"), 2, 16, vocabulary=vocabulary)
+        ends.save(tmp_path / "saved")
+        for one in (ends, load_student(tmp_path / "saved")):
+            for text in ("a b", ""):
+                assert one.tokenizer(text)["input_ids"] == [1, *made.tokenizer(text)["input_ids"]]
 
 
 def test_a_stopped_lora_run_goes_on_to_the_same_adapters(config, tmp_path, monkeypatch):
@@ -754,13 +794,14 @@ def test_another_students_mistakes_are_told_before_anything_is_made(config, mode
 
 def test_what_a_library_user_may_get_wrong_is_told(student, causal_folder, tmp_path):
     made, _, _ = student("opt", lora=2)
-    with pytest.raises(UserError, match="a prompt has .* tokens, 500 leave room"):
-        made.predict(["answer " * 600])
+    # Of 128 tokens 12 are the answer's.
+    with pytest.raises(UserError, match="text 2 has .* tokens, 116 leave room .*: shorten it"):
+        made.predict(["answer", "answer " * 600])
     with pytest.raises(UserError, match="--lora 33: the model's maps are of rank 32"):
         student(lora=33)
-    config = transformers.GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=1)
-    with pytest.raises(UserError, match="gpt2 has no linear map named .* try --lora 0"):
-        add_lora(transformers.GPT2Model(config), 2)
+    config = transformers.CTRLConfig(vocab_size=40, n_embd=8, n_layer=1, n_head=1, dff=8)
+    with pytest.raises(UserError, match="ctrl has no linear map named .*, but 0, .*, Wq, Wv, dense"):
+        add_lora(transformers.CTRLModel(config), 2)
 
     base = tmp_path / "base"
     shutil.copytree(causal_folder(), base)

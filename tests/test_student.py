@@ -3,17 +3,24 @@
 Read beside student.py. The models are tiny and random (tests/conftest.py).
 """
 import http.server
+import json
+import os
+import random
+import re
+import shutil
 import threading
 
 import huggingface_hub
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import student as student_module
-from data import UserError, collate
+from data import TASKS, UserError, collate, encode, load_task
 from student import build_student, load_student
-from tests.conftest import FAMILIES, SMALL, TEXTS
+from tests.conftest import FAMILIES, SMALL, TEXTS, family_config
+from train import Config, train
 
 
 def batch_of(student, texts, left=False, extra=0):
@@ -320,3 +327,237 @@ def test_albert_has_no_weight_that_waits_for_a_gradient_in_vain(tmp_path):
     sum(tensor.square().sum() for tensor in out).backward()
     for name, weight in student.named_parameters():
         assert weight.requires_grad == (weight.grad is not None), name
+
+
+# ---- a saved student answers as it was scored ----
+RTE_LABELS = ("entailment", "not_entailment")
+
+
+def write_rte(root, rows=40):
+    """RTE's three files, whose texts have 3 to 60 words."""
+    generator = random.Random(0)
+    words = " ".join(TEXTS[:2]).split()
+    folder = root / "RTE"
+    folder.mkdir()
+    for name in ("train", "val"):
+        lines = []
+        for i in range(rows):
+            premise = " ".join(generator.choices(words, k=generator.choice((2, 8, 20, 50))))
+            hypothesis = " ".join(generator.choices(words, k=generator.randint(1, 10)))
+            marked = hypothesis + (" awake", " stay")[i % 2]  # which tells the label
+            row = {"premise": premise, "hypothesis": marked, "label": RTE_LABELS[i % 2]}
+            lines.append(json.dumps({**row, "idx": i}) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return str(root)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+def test_predict_answers_as_the_run_was_scored_or_refuses(model_folder, tmp_path, family):
+    """Long rows were shortened by fields, which a finished text does not tell."""
+    data_dir = write_rte(tmp_path)
+    train(Config(task="rte", data_dir=data_dir, student=model_folder(family), teacher="painter",
+                 epochs=6, lr=1e-2, max_length=32, arms="undistilled", device="cpu",
+                 out=str(tmp_path / "run")))
+    cell = tmp_path / "run/undistilled/0"
+    lines = (cell / "predictions_dev.jsonl").read_text().splitlines()
+    scored = [json.loads(line)["label"] for line in lines]
+    student = load_student(cell / "last")
+
+    task = TASKS["rte"]
+    examples = load_task("rte", data_dir)["dev"]
+    rows, shortened = encode(task, examples, student.tokenizer, 32, student.decoder)
+    answered = {"answered": [], "expected": []}
+    refused = 0
+    for example, row, label in zip(examples, rows, scored):
+        text = task.prompt(example) if student.decoder else task.pair(example)
+        try:
+            answered["answered"] += student.predict([text])
+        except UserError as error:
+            assert re.search(r"text 1 has \d\d tokens, 32 fit: shorten it", str(error))
+            refused += 1
+        else:
+            answered["expected"].append(label)
+            assert student._encode_text(text, "") == row
+            assert student._encode_text(task.pair(example), "") == row
+    assert answered["answered"] == answered["expected"]
+    assert set(answered["expected"]) == set(RTE_LABELS)
+    assert refused == shortened > 5
+
+
+@pytest.mark.parametrize("texts, says", [
+    ("a man", r"predict\(\[text\]\)"),
+    (["a man", 3], "text 2 must be a string or two, not 3"),
+    ([("a", "man", "is")], r"text 1 must be a string or two, not \('a', 'man', 'is'\)"),
+    ([()], r"text 1 must be a string or two, not \(\)"),
+    ([None], "text 1 must be a string or two, not None"),
+    ([b"a man"], "text 1 must be a string or two, not b'a man'"),
+    (["a man", "half \ud83d"], "text 2 holds half of a character"),
+    ([("a man", "\udcff")], "text 1 holds half of a character"),
+    (["a man " * 999], "text 1 has 2000 tokens, 80 fit: shorten it"),
+])
+def test_what_predict_cannot_read_is_one_line(model_folder, texts, says):
+    student = build_student(model_folder("deberta-v2"), 2, 8)
+    with pytest.raises(UserError, match=says):
+        student.predict(texts)
+
+
+def test_predict_of_nothing_is_nothing_and_an_empty_text_is_one(model_folder, causal_folder):
+    encoder = build_student(model_folder("bert"), 2, 8, labels=("no", "yes"))
+    assert encoder.predict([]) == []
+    assert encoder.predict([("a man", None), ""])[0] in ("no", "yes")  # "" is [CLS] [SEP]
+    decoder = build_student(causal_folder(), 2, 8)  # whose tokenizer adds nothing
+    writer = build_student(causal_folder(), 2, 8, vocabulary=(5, 6), max_new_tokens=12)
+    for student in (decoder, writer):
+        assert student.predict([]) == []
+        with pytest.raises(UserError, match="text 2 has no token"):
+            student.predict(["a", ""])
+
+
+# ---- folders of which no student can be made ----
+def resize_tokenizer(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["more", "words"])
+    tokenizer.save_pretrained(folder)
+
+
+def drop_padding(folder):
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    for name in ("pad_token", "eos_token", "unk_token"):
+        settings.pop(name, None)
+    path.write_text(json.dumps(settings))
+
+
+def take_python_tokenizer(folder):
+    spoil_json("tokenizer_config.json", tokenizer_class="CTRLTokenizer")(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text('{"<unk>": 0, "a": 1, "b": 2, "[PAD]": 3}')
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
+def split_weights_outside(folder):
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    weight_map = {"embeddings.word_embeddings.weight": "../outside.safetensors"}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def pickle_weights(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save({"embeddings.word_embeddings.weight": Bomb()}, folder / "pytorch_model.bin")
+
+
+def bring_code(folder):
+    """A module that makes a directory when it is imported."""
+    (folder / "own.py").write_text("import os\nos.mkdir('exploded')\n")
+    auto_map = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
+    spoil_json("config.json", model_type="own", auto_map=auto_map)(folder)
+
+
+def spoil_json(file, **changes):
+    def spoil(folder):
+        settings = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(settings | changes))
+    return spoil
+
+
+def write(file, text):
+    return lambda folder: (folder / file).write_text(text)
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (resize_tokenizer, r"tokenizer has (\d+) tokens, its model only \d+: .*_embeddings\(\1\)"),
+    (drop_padding, "has no token to fill rows with: set pad_token"),
+    (take_python_tokenizer, "CTRLTokenizer does not tell where in a text a token stands"),
+    (split_weights_outside, "index.json names ../outside.safetensors, outside of the folder"),
+    (write("model.safetensors.index.json", "["), "index.json is not JSON"),
+    (write("model.safetensors.index.json", "{}"), "index.json has no weight_map"),
+    (pickle_weights, "could not load .*weights_only|could not load .*Unsupported"),
+    (bring_code, "brings code of its own, which is never run here"),
+    (spoil_json("config.json", hidden_size="x"), "could not load"),
+    (spoil_json("config.json", hidden_size=31), "could not load"),
+    (spoil_json("config.json", num_attention_heads=0), "could not load"),
+    (spoil_json("config.json", hidden_act="x"), "could not load"),
+    (spoil_json("config.json", model_type="none"), "could not load"),
+    (spoil_json("config.json", is_decoder=True), "pools a state that has not read the last word"),
+    (write("config.json", ""), "could not load"),
+    (write("config.json", "[]"), "could not load"),
+    (write("config.json", "[" * 99999), "could not load"),
+    (write("tokenizer_config.json", "[]"), "could not load"),
+    (spoil_json("tokenizer_config.json", model_max_length="x"), "has model_max_length 'x'"),
+    (write("tokenizer.json", "{}"), "could not load"),
+    (write("model.safetensors", "x"), "could not load"),
+])
+def test_a_folder_of_which_no_student_can_be_made_is_one_line(
+        model_folder, tmp_path, monkeypatch, spoil, says):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("bert"), folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("a question was asked"))
+    spoil(folder)
+    with pytest.raises(UserError, match=says) as error:
+        build_student(str(folder), 2, 8)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_what_a_tokenizer_tells_of_segments_is_for_models_that_have_two(model_folder, tmp_path):
+    """RoBERTa has one: the second text's number would be outside of its table."""
+    shutil.copytree(model_folder("bert"), tmp_path / "one")
+    config = family_config("roberta", 99)
+    config.update({"type_vocab_size": 1})
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "one")
+    student = build_student(str(tmp_path / "one"), 2, 8)
+    assert list(student._encode_text(("a man", "is awake"), "")) == ["input_ids"]
+    assert len(student.predict([("a man", "is awake")])) == 1
+
+
+def test_to_try_a_student_out_draws_nothing_and_changes_nothing(model_folder, monkeypatch):
+    monkeypatch.setattr(student_module, "try_out", lambda student, name: None)
+    torch.manual_seed(5)
+    plain = build_student(model_folder("bert"), 2, 8)
+    after_plain = torch.rand(1)
+    monkeypatch.undo()
+    torch.manual_seed(5)
+    student = build_student(model_folder("bert"), 2, 8)
+    assert torch.rand(1) == after_plain
+    for (name, a), (_, b) in zip(plain.named_parameters(), student.named_parameters()):
+        assert torch.equal(a, b)
+        assert b.requires_grad
+        assert b.grad is None
+    assert [m.training for m in student.modules()] == [m.training for m in plain.modules()]
+    assert not any(module._forward_hooks for module in student.modules())
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (write("student.json", ""), "student.json is not JSON"),
+    (write("student.json", "[]"), "student.json is not a JSON object"),
+    (spoil_json("student.json", num_labels="3"), "its student.json has num_labels '3'"),
+    (spoil_json("student.json", max_length=None), "its student.json has max_length None"),
+    (spoil_json("student.json", labels="ab"), "its student.json has labels 'ab'"),
+    (spoil_json("student.json", labels=["a"]), "has not num_labels labels"),
+    (spoil_json("student.json", max_new_tokens=-1), "its student.json has max_new_tokens -1"),
+    (spoil_json("student.json", vocabulary={}), "its student.json has vocabulary {}"),
+    (spoil_json("student.json", num_labels=5), "size mismatch"),
+    (spoil_json("student.json", proj_dim=-1), "is damaged"),
+    (spoil_json("student.json", proj_dim=10**30), "is damaged"),
+    (spoil_json("student.json", dropout=7), "dropout probability"),
+    (spoil_json("student.json", more=1), "more"),
+    (spoil_json("student.json", base="/nowhere"), "needs the base of its LoRA, /nowhere"),
+    (write("heads.safetensors", "x"), "is damaged"),
+    (lambda folder: save_file({"a": torch.ones(1)}, folder / "heads.safetensors"), "Missing key"),
+    (lambda folder: save_file({"a": torch.ones(1)}, folder / "model.safetensors",
+                              metadata={"format": "pt"}), "it lacks embeddings"),
+])
+def test_a_damaged_student_is_one_line(model_folder, tmp_path, spoil, says):
+    build_student(model_folder("bert"), 3, 8).save(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=says) as error:
+        load_student(tmp_path)
+    assert str(error.value).startswith(str(tmp_path))
+    assert "\n" not in str(error.value)
