@@ -1,4 +1,7 @@
-"""What only a CUDA device shows: mixed precision with a real GradScaler, peak memory. Skipped elsewhere."""
+"""What only a CUDA device shows: mixed precision with a real GradScaler, peak memory.
+
+Skipped elsewhere.
+"""
 import gc
 import json
 from dataclasses import replace
@@ -16,10 +19,16 @@ from train import ARMS, Cell, Config, Data, resolve, train, update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
+DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def needs(amp):
+    """Skip the test where the GPU only emulates bf16."""
     if amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this GPU has no bf16")
 
+
+# ---- mixed precision ----
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_each_precision_trains_and_stays_close_to_float32(amp, tmp_path):
     needs(amp)
@@ -31,15 +40,18 @@ def test_each_precision_trains_and_stays_close_to_float32(amp, tmp_path):
         if not out.exists():
             metrics = train(Config(**flags, amp=setting, out=str(out)))["armada"][0]
             assert metrics["peak_memory_mib"] > 0
-        rows = [json.loads(line) for line in (out / "armada/0/log.jsonl").read_text().splitlines()]
+        log = (out / "armada/0/log.jsonl").read_text()
+        rows = [json.loads(line) for line in log.splitlines()]
         losses[setting] = [row["loss"] for row in rows if row.get("role") == "student"]
     assert losses[amp] == pytest.approx(losses["off"], rel=0.02)
+
 
 def test_an_infinite_gradient_skips_the_step_and_halves_the_scale(tmp_path, monkeypatch):
     config = resolve(Config(task="objects", limit=40, arms="undistilled", seeds="0", device="cuda",
                             amp="fp16", out=str(tmp_path)))
     cell = Cell(replace(config, **ARMS["undistilled"]), Data(config), tmp_path)
-    scaler, real = cell.scalers["student"], training.student_loss
+    scaler = cell.scalers["student"]
+    real = training.student_loss
 
     def infinite(*args, **kwargs):
         loss, parts = real(*args, **kwargs)
@@ -48,61 +60,70 @@ def test_an_infinite_gradient_skips_the_step_and_halves_the_scale(tmp_path, monk
     def weights():
         return [weight.detach().clone() for weight in cell.student.parameters()]
 
-    before, scale = weights(), scaler.get_scale()
+    before = weights()
+    scale = scaler.get_scale()
     cell.optimizers["student"].param_groups[0]["lr"] = 1e-3
     with monkeypatch.context() as patched:
         patched.setattr(training, "student_loss", infinite)
         norm = update(cell, 0, "student", 0, [*range(8)])["grad_norm"]
-    assert not norm.isfinite() and scaler.get_scale() == scale / 2
+    assert not norm.isfinite()
+    assert scaler.get_scale() == scale / 2
     assert all(map(torch.equal, before, weights()))
-    for step in range(1, 9):  # and it goes on: the first scale, 65536, may overflow a few times more
+    # And it goes on: the first scale, 65536, may overflow a few times more.
+    for step in range(1, 9):
         update(cell, 0, "student", step, [*range(8)])
     assert not all(map(torch.equal, before, weights()))
     assert all(weight.isfinite().all() for weight in weights())
 
+
+# ---- memory ----
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "opt", "llama"])
 def test_checkpointing_changes_no_gradient(family, amp):
     """Dropout included: the recomputed layer draws the same masks."""
     needs(amp)
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     torch.manual_seed(0)
     lm = transformers.AutoModel.from_config(family_config(family, VOCABULARY))
     student = Student(lm, TOKENIZER, 2, 32).to("cuda").train()
     ids = torch.randint(4, VOCABULARY, (4, 24), device="cuda")
     mask = torch.ones_like(ids)
     mask[0, 12:] = 0
-    found = []
+    gradients = {}
     for checkpointing in (False, True):
         if checkpointing:
             student.checkpoint_gradients()
         torch.manual_seed(1)
-        with torch.autocast("cuda", dtype, amp != "off"):
+        with torch.autocast("cuda", DTYPES[amp], amp != "off"):
             out = student(ids, mask)
-        sum(each.float().square().sum() for each in out).backward()
-        found.append({name: weight.grad.clone() for name, weight in student.named_parameters()
-                      if weight.grad is not None})
+        loss = sum(output.float().square().sum() for output in out)
+        loss.backward()
+        gradients[checkpointing] = {name: weight.grad.clone()
+                                    for name, weight in student.named_parameters()
+                                    if weight.grad is not None}
         student.zero_grad()
-    plain, recomputed = found
-    assert plain.keys() == recomputed.keys() and any(grad.any() for grad in plain.values())
+    plain = gradients[False]
+    recomputed = gradients[True]
+    assert plain.keys() == recomputed.keys()
+    assert any(grad.any() for grad in plain.values())
     for name, grad in plain.items():  # sums by atomic additions come in another order each time
-        torch.testing.assert_close(recomputed[name], grad, rtol=1e-3, atol=1e-4 * grad.abs().max().item())
+        tolerance = 1e-4 * grad.abs().max().item()
+        torch.testing.assert_close(recomputed[name], grad, rtol=1e-3, atol=tolerance)
+
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["bert", "opt", "llama"])
 def test_the_plan_knows_the_peak_memory(family, checkpointing, amp):
-    """Within 20 % of three real steps; a few hundred MiB, so that cuBLAS's own 30 do not count for
-    much."""
+    """Within 20 % of three real steps; a few hundred MiB, so that cuBLAS's own 30 count for
+    little."""
     needs(amp)
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    autocast = partial(torch.autocast, "cuda", dtype, amp != "off")
+    autocast = partial(torch.autocast, "cuda", DTYPES[amp], amp != "off")
     config = sized(family, width=512, layers=8)
     rows = 32
     length = 128
     # The libraries' workspaces are made once, and stay.
-    train_for(sized(family, width=32, layers=2), checkpointing, 1, rows=2, length=8, device="cuda",
-              autocast=autocast)
+    small = sized(family, width=32, layers=2)
+    train_for(small, checkpointing, 1, rows=2, length=8, device="cuda", autocast=autocast)
     gc.collect()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
