@@ -1081,6 +1081,9 @@ class Cell:
         self.build_student(checkpoint)
         self.build_aligner()
         self.place_models(is_new=checkpoint is None)
+        _, _, half_precision = self.autocast.args
+        if half_precision:
+            self.student.try_autocast(self.autocast)
         self.optimizers = {  # AdamW leaves out what has no gradient
             role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
             for role, model in self.models.items()}
