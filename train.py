@@ -915,10 +915,11 @@ def is_control(config):
     return not is_distilled(config) or config.pairing != "own"
 
 
-def wants_checkpointing(config, parameters, on_cuda):
-    """Whether activations are recomputed; parameters: how many the language model has."""
+def wants_checkpointing(config, lm, has_cuda):
+    """Whether a language model recomputes activations: auto, if it is large and on CUDA."""
     if config.grad_checkpoint == "auto":
-        return parameters > 300e6 and on_cuda
+        is_large = count_parameters(lm) > 300e6
+        return is_large and has_cuda and lm.supports_gradient_checkpointing
     return config.grad_checkpoint == "on"
 
 
@@ -931,9 +932,10 @@ class Data:
     """
     def __init__(self, config):
         self.task = find_task(config.task)
-        tokenizer = None
-        if self.task.kind == "generate":  # first of all, for the student may be unable to
-            _, tokenizer = load_pretrained(config.student, AutoModelForCausalLM, weights=False)
+        generates = self.task.kind == "generate"
+        if config.student != "tiny":  # first of all, for the student may be unable to
+            model_class = AutoModelForCausalLM if generates else AutoModel
+            _, tokenizer = load_pretrained(config.student, model_class, weights=False)
         self.splits = load_task(config.task, config.data_dir, config.cache_dir)
         self.encoded = {}
         self.open_teachers(config)
@@ -942,7 +944,7 @@ class Data:
             self.splits[split] = self.splits[split][:most]
         self.num_labels = max(1, len(self.task.labels))  # 1 for a regression
         self.vocabulary = ()                             # V_a, of a task to generate
-        if tokenizer:
+        if generates:
             self.make_bags(tokenizer)
         else:
             self.labels = torch.tensor([example.label for example in self.splits["train"]])  # (N,)
@@ -1117,8 +1119,7 @@ class Cell:
                 orthogonal=config.orthogonal_student, labels=data.task.labels,
                 max_length=config.max_length, vocabulary=data.vocabulary,
                 max_new_tokens=config.max_new_tokens, lora=config.lora)
-        parameters = sum(weight.numel() for weight in self.student.lm.parameters())
-        if wants_checkpointing(config, parameters, self.device.type == "cuda"):
+        if wants_checkpointing(config, self.student.lm, self.device.type == "cuda"):
             self.student.checkpoint_gradients()
         if torch.bfloat16 in self.autocast.args:
             self.student.round_frozen_weights()
@@ -1532,7 +1533,7 @@ def resolve_auto(config, student):
     amp = config.amp
     if amp == "auto":
         amp = "bf16" if on_cuda(config) else "off"
-    is_checkpointed = wants_checkpointing(config, count_parameters(student.lm), on_cuda(config))
+    is_checkpointed = wants_checkpointing(config, student.lm, on_cuda(config))
     return replace(config, amp=amp, grad_checkpoint="on" if is_checkpointed else "off")
 
 
