@@ -1,6 +1,7 @@
 """Tiny models and tiny official files, made on the spot: no test needs a network or data from elsewhere."""
 import http.server
 import json
+import signal
 import threading
 
 import pytest
@@ -36,6 +37,22 @@ def family_config(family, vocab):
                                     max_position_embeddings=80, bos_token_id=2, eos_token_id=3, **SMALL)
 
 FAMILIES = ("bert", "roberta", "deberta-v2", "opt", "llama")
+
+
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """Under nohup, or behind & in a script, a process is born ignoring SIGINT or SIGHUP, and the
+    program respects that; the tests of what it does with them must not depend on it."""
+    standard = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+    before = {}
+    for name, handler in standard.items():
+        if hasattr(signal, name):
+            number = getattr(signal, name)
+            before[number] = signal.signal(number, handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler or signal.SIG_DFL)
+
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
