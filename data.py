@@ -253,7 +253,7 @@ def tokenise(task, examples, tokenizer, decoder):
         pairs = [task.pair(example) for example in examples]
         firsts = [text_a for text_a, _ in pairs]
         seconds = [text_b for _, text_b in pairs]
-        if task.text_b is None:
+        if not any(seconds):  # a task of single texts
             seconds = None
         encoded = tokenizer(firsts, seconds, verbose=False)
     keys = [key for key in wanted if key in encoded]
