@@ -401,18 +401,19 @@ def length_grouped_batches(lengths, batch_size, seed):
     return batches
 
 
-def collate(rows, pad_id, side="right"):
+def collate(rows, pad_id, side="right", length=None):
     """Return {"input_ids", "attention_mask"[, "token_type_ids"][, "labels"]}, each int64 (B, L).
 
-    L is the longest row HERE, not --max-length; shorter rows are padded on one side.
+    L is `length`, or else the longest row HERE, not --max-length; shorter rows are padded on one
+    side.
     """
     import torch
 
-    longest = max(len(row["input_ids"]) for row in rows)
+    length = length or max(len(row["input_ids"]) for row in rows)
     fillers = {"input_ids": pad_id, "labels": -100}  # 0 for the others
 
     def padded(values, filler):
-        padding = [filler] * (longest - len(values))
+        padding = [filler] * (length - len(values))
         if side == "left":
             return padding + values
         return values + padding

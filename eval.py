@@ -625,7 +625,8 @@ def score_saved(folder, config, task, split, examples):
     amp = config["amp"]
     if amp == "fp16" and not torch.cuda.is_available():
         amp = "off"
-    device, autocast, *_ = precision(SimpleNamespace(device="auto", amp=amp, fsdp=False))
+    device, autocast, *_ = precision(
+        SimpleNamespace(device="auto", student=config["student"], amp=amp, fsdp=False))
     student = load_student(folder).to(device)
     if not all(weight.isfinite().all() for weight in student.parameters()):
         raise UserError(f"{folder}: a weight {DIVERGED}")

@@ -12,6 +12,7 @@ the answer's bag of tokens over an answer vocabulary V_a (losses.answer_losses),
 """
 import inspect
 import json
+import math
 import os
 import re
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -64,6 +67,7 @@ class StudentModel(nn.Module):
         self.decoder = is_decoder(lm.config)
         # The longest text that tokenizer and position table allow; OPT's tokenizer alone says 1e30.
         self.max_tokens = min(tokenizer.model_max_length, count_positions(lm))
+        self.length_step = 1  # of which the length of a batch is a multiple
 
         # All that load_student() needs to build the same student again; save() writes it.
         if not lora:
@@ -108,7 +112,8 @@ class StudentModel(nn.Module):
         self.register_buffer("vocabulary", torch.tensor(vocabulary), persistent=False)  # (V_a,)
 
     def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
-        """All four are (B, L). Labels are for a student that generates alone."""
+        """All four are (B, L). Labels are for a student that generates alone; they stay on the CPU,
+        where to count an answer's tokens does not make anyone wait for the GPU."""
         extra = {}
         if self.decoder:
             # Else keys and values are kept for a next token that never comes: gigabytes.
@@ -120,7 +125,8 @@ class StudentModel(nn.Module):
         prompt = attention_mask                               # (B, L)
         if labels is not None:
             before_answer = (labels != -100).cumsum(-1) == 0  # (B, L)
-            prompt = attention_mask * before_answer           # h_s must not have read the answer
+            # h_s must not have read the answer.
+            prompt = attention_mask * send(before_answer, attention_mask.device)
         h = self.pool(out, prompt)                            # (B, d_s)
         h = h.to(self.heads["aux_classifier"].weight.dtype)   # a LoRA's base may sit in bf16
 
@@ -147,9 +153,11 @@ class StudentModel(nn.Module):
             # The state at l predicts token l + 1. No logits of prompts are ever made, or (B, L, V)
             # of them would be gigabytes.
             is_answer = labels[:, 1:] != -100                # (B, L - 1)
-            answer_states = states[:, :-1][is_answer]        # (N, d_s), N tokens in all answers
             counts = is_answer.sum(1).tolist()               # [B], how many are of each answer
-            tokens = labels[:, 1:][is_answer]                # (N,)
+            text, position = is_answer.nonzero(as_tuple=True)      # (N,), N tokens in all answers
+            tokens = send(labels[text, position + 1], h.device)    # (N,)
+            text, position = send(text, h.device), send(position, h.device)
+            answer_states = states[text, position]           # (N, d_s)
         vocabulary_head = self.lm.get_output_embeddings()
         logits = vocabulary_head(answer_states.to(self.lm.dtype))                # (N, V)
         answer_loss, o = answer_losses(logits, tokens, counts, self.vocabulary)  # (B,), (B, V_a)
@@ -380,11 +388,20 @@ class Student(StudentModel):
         """Yield (indices, their batch on the student's device). Rows of similar length stand
         together, which means little padding."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-        device = next(self.parameters()).device
         for start in range(0, len(order), batch_size):
             indices = order[start:start + batch_size]
-            batch = collate([rows[i] for i in indices], self.tokenizer.pad_token_id, side)
-            yield indices, {key: value.to(device) for key, value in batch.items()}
+            yield indices, self.batch([rows[i] for i in indices], side)
+
+    def batch(self, rows, side="right"):
+        """Return forward()'s arguments for encoded rows, {name: (B, L)}, on the student's device;
+        labels stay on the CPU."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        length = self.length_step * math.ceil(longest / self.length_step)
+        length = min(length, max(longest, self.max_tokens))
+        batch = collate(rows, self.tokenizer.pad_token_id, side, length)
+        device = next(self.parameters()).device
+        return {name: tensor if name == "labels" else send(tensor, device)
+                for name, tensor in batch.items()}
 
     def try_autocast(self, autocast):
         """UserError if the model cannot run within autocast(), as DeBERTa-v1 cannot: its mask is
@@ -414,6 +431,32 @@ class Student(StudentModel):
                 self.lm.set_submodule(name, module.merged())
         self.settings.update(lora=0, base=None)
         return self
+
+    def compile_blocks(self, autocast=nullcontext):
+        """Compile each block of the language model (torch.compile): small operations are joined
+        into few kernels, which take less time to start than to run.
+        All blocks share one piece of code, which is compiled for whatever length comes; lengths are
+        rounded up all the same, for kernels like multiples of 8. UserError where there is no
+        compiler, or none that knows the model."""
+        for block in self.layers():
+            block.compile(dynamic=True)
+        self.length_step = 8
+        try:
+            with torch.random.fork_rng(), autocast():
+                out = self(**self.batch(_trial_rows(self)))
+                sum(tensor.float().sum() for tensor in out).backward()
+        except Exception as error:  # of many kinds: of the compiler's, and of the C++ compiler's
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--compile: {self.lm.config.model_type} cannot be compiled here "
+                            f"({type(error).__name__}: {reason}): leave it out") from None
+        self.zero_grad()
+
+    def never_wait(self):
+        """Keep the attention from looking into the mask, for which the CPU waits for the GPU.
+        Where no text is padded, transformers leaves the mask out: faster, but each forward pass
+        asks. Only models whose attention is torch's (sdpa) ask."""
+        if self.lm.config._attn_implementation == "sdpa":
+            self.lm.set_attn_implementation(ATTENTION_THAT_NEVER_WAITS)
 
     def shard(self, mesh):
         """Split the weights over the N processes of a mesh (FSDP2), for what fits no one card.
@@ -845,6 +888,24 @@ def _freeze_unread(student, outputs):
 
 
 # ---- where it runs: device, precision, processes ----
+def send(tensor, device):
+    """Copy a tensor from the CPU to a device. No GPU is waited for: from pinned memory it fetches
+    the numbers itself, when it comes to them, while the CPU goes on."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _mask_unseen(*args, allow_is_causal_skip=None, allow_is_bidirectional_skip=None, **kwargs):
+    """Make the mask of torch's attention as transformers does, in whatever case."""
+    return sdpa_mask(*args, **kwargs, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+
+
+ATTENTION_THAT_NEVER_WAITS = "sdpa_unseen_mask"
+transformers.AttentionInterface.register(ATTENTION_THAT_NEVER_WAITS, sdpa_attention_forward)
+transformers.AttentionMaskInterface.register(ATTENTION_THAT_NEVER_WAITS, _mask_unseen)
+
+
 def rank():
     """This process's number, 0 to N - 1."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -855,10 +916,19 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def wants_cuda(config):
+    """Whether a run with these flags trains on a GPU here."""
+    if config.device == "auto":
+        # The matrices of tiny are done before a GPU has started a kernel: 27 s on a CPU, 37 s on an
+        # H200 (tests/RESULTS.md).
+        return torch.cuda.is_available() and config.student != "tiny"
+    return config.device.startswith("cuda")
+
+
 def precision(config):
     """(device, autocast context, {role: GradScaler}, the reason in words): the loop has no branch
     for it."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    auto = "cuda" if wants_cuda(config) else "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
     if device == torch.device("cuda") and world() > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # a GPU for each process

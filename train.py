@@ -35,7 +35,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from data import (CACHE, Parser, UserError, answer_bags, answer_vocabulary, bag_labels,
-                  check_available, collate, encode, exit_with_message, find_task, known,
+                  check_available, encode, exit_with_message, find_task, known,
                   length_grouped_batches, load_task, prepare_console, read_json, seed_of)
 from teacher import ENCODERS, TEACHERS, build_teacher, open_vectors, split_spec
 
@@ -75,8 +75,8 @@ def aligner_batch_loss(cell, rows):
 
     rows: the indices of B training examples. The second result holds parts to log: here are none.
     """
-    e = cell.teacher_vectors(rows).to(cell.device)    # (B, d_e)
-    y = cell.data.labels[rows].to(cell.device)        # (B,), or (B, |V_a|) bags of answer tokens
+    e = send(cell.teacher_vectors(rows), cell.device)  # (B, d_e)
+    y = send(cell.data.labels[rows], cell.device)     # (B,), or (B, |V_a|) bags of answer tokens
     aligner_out = cell.aligner(e)                     # o_t, a_t (B, C), p_t (B, d)
     return aligner_loss(aligner_out, y, cell.config.gamma), {}
 
@@ -90,12 +90,12 @@ def student_batch_loss(cell, rows):
     config = cell.config
     own_rows, rows, counts = shard_rows(rows)         # in one process: rows, rows, [B]
     x = cell.token_batch(own_rows)                    # (B, L) ids, mask ..., also answers to learn
-    y = cell.data.labels[rows].to(cell.device)        # (B,), or (B, |V_a|) bags of answer tokens
+    y = send(cell.data.labels[rows], cell.device)     # (B,), or (B, |V_a|) bags of answer tokens
     aligner_out = None                                # an arm without a teacher has no aligner
     if cell.aligner:
         # Here it only answers: eval mode, no graph. It costs milliseconds: float32.
         with torch.no_grad():
-            e = cell.teacher_vectors(rows).to(cell.device)  # (B, d_e)
+            e = send(cell.teacher_vectors(rows), cell.device)  # (B, d_e)
             aligner_out = cell.aligner.eval()(e)      # o_t, a_t (B, C), p_t (B, d)
     with cell.autocast():
         student_out = cell.parallel_student(**x)      # o_s, a_s (B, C), p_s (B, d)
@@ -170,7 +170,10 @@ def run(cell):
     config = cell.config
     steps = cell.steps_per_epoch                      # of each role
     peak_rates = {"aligner": config.aligner_lr, "student": config.lr}
+    cell.start_clock()
     log_untrained(cell)
+    if cell.device.type == "cuda":
+        rehearse(cell)
     with interruptible() as interrupt, progress_bar(cell, schedule(cell)) as bar:
         pending_logs = PendingLogs(cell)
         for count, (epoch, role, step, rows) in enumerate(bar, 1):
@@ -184,26 +187,32 @@ def run(cell):
             # Step.
             values = update(cell, epoch, role, step, rows)
             pending_logs.add(values, rows)
-            cell.mark_done(count)
+            cell.done = count
 
-            # Log. Reading a value after every step would make the CPU wait for the GPU each time.
+            # Log. Nothing above waits for the GPU: while it works, the CPU prepares the next batch.
+            # To read a value means to wait, so it is done rarely.
             ends_epoch = step + 1 == steps
             if not (ends_epoch or interrupt.pressed or (step + 1) % 50 == 0):
                 continue
             means = pending_logs.write(epoch, role, step, lr)
+            cell.lap("steps")
             bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
 
             # Evaluate. The last epoch counts; the best one is chosen on dev and so too good.
             is_due = ends_epoch and role == "student" and is_evaluated(config, epoch + 1)
             if is_due:
                 scores, cell.answers, p_s = cell.evaluate("dev")
-                cell.log({"epoch": epoch + 1, "dev": scores, **cell.evaluate_aligner(p_s)})
+                aligner_scores = cell.evaluate_aligner(p_s)
+                cell.lap("evaluation")
+                cell.log({"epoch": epoch + 1, "dev": scores, **aligner_scores,
+                          "seconds": cell.rounded_seconds()})
                 cell.keep_if_best(epoch + 1, scores)
                 print_scores(cell, epoch + 1, means, scores)
 
-            # Save.
-            if is_due or interrupt.pressed:
+            # Save. The last step's student is saved by finish().
+            if interrupt.pressed or (is_due and cell.checkpoint_is_due()):
                 cell.save("last")
+            cell.lap("files")
             if interrupt.pressed:
                 raise Stopped(interrupt.number)
             pending_logs = PendingLogs(cell)
@@ -303,6 +312,8 @@ class Config:
     grad_checkpoint: str = option(
         "auto", "Recompute activations to save memory; auto does so for large students on CUDA.",
         ("auto", "on", "off"))
+    compile: bool = option(
+        False, "Compile each block of the student (torch.compile): minutes at first, then faster.")
     fsdp: bool = option(
         False, "Split the student itself over torchrun's processes, not only the batches.")
     limit: int = option(
@@ -310,7 +321,10 @@ class Config:
     eval_limit: int = option(
         None, "Score only the first N dev and test examples.", low=1)
     eval_every: int = option(
-        None, "Epochs from one evaluation, with a checkpoint, to the next.", low=1)
+        None, "Epochs from one evaluation, after which a checkpoint may be due, to the next.",
+        low=1)
+    keep_best: bool = option(
+        False, "Keep the student of the epoch that was best on dev in a folder best/.")
     plan: bool = option(
         False, "Tell memory, steps and teacher vectors in advance; load and write nothing.")
     memory: float = option(
@@ -466,6 +480,8 @@ def check_processes(config):
     if config.fsdp and "WORLD_SIZE" not in os.environ:
         raise UserError("--fsdp splits over processes: "
                         "torchrun --nproc-per-node N train.py --fsdp ...")
+    if config.fsdp and config.compile:
+        raise UserError("--compile was not tried with --fsdp: leave one of them out")
     if config.micro_batch < processes:
         raise UserError(f"--micro-batch {config.micro_batch} is too small for {processes} "
                         "processes")
@@ -573,7 +589,7 @@ import eval as evaluation
 from align import TSAligner
 from losses import PER_EXAMPLE, aligner_loss, predictions, student_loss, task_loss
 from student import (Student, _tiny, build_student, is_decoder, load_config, load_pretrained,
-                     load_student, precision, rank, world)
+                     load_student, precision, rank, send, wants_cuda, world)
 
 
 # ---- small pieces of the loop ----
@@ -602,8 +618,7 @@ def mean_answer_loss(student_out):
 
 def progress_bar(cell, steps):
     """Return tqdm's bar over all steps of a cell; it draws nothing where stderr is no terminal."""
-    total = cell.steps_per_epoch * cell.config.epochs * len(cell.models)
-    return tqdm(steps, total=total, leave=False, disable=None if is_first() else True,
+    return tqdm(steps, total=cell.total_steps, leave=False, disable=None if is_first() else True,
                 desc=f"{cell.config.arms[0]} seed {cell.seed}")
 
 
@@ -611,11 +626,35 @@ def log_untrained(cell):
     """Log what a pretrained student that generates answers before its first step."""
     if cell.student.generates and not cell.done:
         scores, _, _ = cell.evaluate("dev")
+        cell.lap("evaluation")
         cell.log({"epoch": 0, "dev": scores})
 
 
+def rehearse(cell):
+    """Run the longest batch forward and backward, on a GPU before the first step.
+
+    Memory that does not suffice is known in the first seconds then, and the allocator, which is
+    slow to grow, grows once. No result changes: each step seeds itself. AdamW's moments, which the
+    first step makes, are stood in for by empty tensors.
+    """
+    longest = sorted(range(len(cell.data.lengths)), key=cell.data.lengths.__getitem__)
+    stand_ins = []
+    for role, model in cell.models.items():
+        for weight in model.parameters():
+            if weight.requires_grad and not cell.optimizers[role].state:
+                stand_ins += [torch.empty_like(weight), torch.empty_like(weight)]
+    for role, model in cell.models.items():
+        model.train()
+        sync_after(cell, True)
+        loss, _ = BATCH_LOSSES[role](cell, longest[-cell.config.micro_batch:])
+        cell.scalers[role].scale(loss).backward()
+        model.zero_grad()
+    del stand_ins
+    cell.lap("steps")
+
+
 def is_evaluated(config, epoch):
-    """Whether a student is scored, and a checkpoint written, after this epoch (counted from 1)."""
+    """Whether a student is scored after this epoch (counted from 1)."""
     return epoch == config.epochs or epoch % config.eval_every == 0
 
 
@@ -624,7 +663,7 @@ def print_scores(cell, epoch, means, scores):
     parts = " ".join(f"{name} {means[name]:.3f}" for name in ("task", "output", "manifold"))
     metric, score = next(iter(scores.items()))
     print(f"seed {cell.seed} {cell.config.arms[0]}, epoch {epoch}: {parts}; "
-          f"dev {metric} {score:.1%} ({cell.seconds:.1f} s)", flush=True)
+          f"dev {metric} {score:.1%} ({sum(cell.seconds.values()):.1f} s)", flush=True)
 
 
 class PendingLogs:
@@ -770,7 +809,7 @@ def init_processes(config):
     """Meet the other processes, if torchrun started any. From then on only the first one prints."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
-    if torch.cuda.is_available() and config.device in ("auto", "cuda"):
+    if wants_cuda(config) and config.device in ("auto", "cuda"):
         wanted = number_from_torchrun("LOCAL_WORLD_SIZE")
         gpus = torch.cuda.device_count()
         if wanted > gpus:
@@ -1075,10 +1114,12 @@ class Cell:
         self.device, self.autocast, self.scalers, _ = precision(config)
         # Where it stands; load() sets these four from a checkpoint.
         self.done = 0        # optimizer steps, of both roles
-        self.seconds = 0.0   # of training
+        self.seconds = dict.fromkeys(("steps", "evaluation", "files"), 0.0)
         self.best = None     # the best epoch's number and dev scores
         self.lines = []      # of log.jsonl
         self.answers = None  # to the dev split, when last evaluated
+        self.last_saved = time.perf_counter()
+        self.seconds_of_save = None  # of the last checkpoint, when there was one
         checkpoint = self.find_checkpoint()
         self.build_student(checkpoint)
         self.build_aligner()
@@ -1086,6 +1127,8 @@ class Cell:
         _, _, half_precision = self.autocast.args
         if half_precision:
             self.student.try_autocast(self.autocast)
+        if config.compile:
+            self.student.compile_blocks(self.autocast)
         self.optimizers = {  # AdamW leaves out what has no gradient
             role: torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
             for role, model in self.models.items()}
@@ -1093,7 +1136,7 @@ class Cell:
             data.encode(self.student, config)
         if checkpoint:
             self.load(checkpoint)
-        self.began = time.perf_counter() - self.seconds
+        self.start_clock()
         self.start_log()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -1121,6 +1164,8 @@ class Cell:
                 max_new_tokens=config.max_new_tokens, lora=config.lora)
         if wants_checkpointing(config, self.student.lm, self.device.type == "cuda"):
             self.student.checkpoint_gradients()
+        if self.device.type == "cuda":
+            self.student.never_wait()
         if torch.bfloat16 in self.autocast.args:
             self.student.round_frozen_weights()
 
@@ -1174,16 +1219,28 @@ class Cell:
         """How many batches each role sees in an epoch; the last one may be short."""
         return math.ceil(len(self.data.labels) / self.config.batch_size)
 
-    def token_batch(self, rows):
-        """Return the student's input on its device: {"input_ids", "attention_mask" ...: (B, L)}."""
-        encoded = [self.data.encoded["train"][row] for row in rows]
-        batch = collate(encoded, self.student.tokenizer.pad_token_id)
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+    @property
+    def total_steps(self):
+        """How many optimizer steps the whole run has, of both roles."""
+        return self.steps_per_epoch * self.config.epochs * len(self.models)
 
-    def mark_done(self, count):
-        """Note that `count` steps of the schedule are done, and the seconds so far."""
-        self.done = count
-        self.seconds = time.perf_counter() - self.began
+    def token_batch(self, rows):
+        """Return the student's input: {"input_ids", "attention_mask" ...: (B, L)}."""
+        return self.student.batch([self.data.encoded["train"][row] for row in rows])
+
+    def start_clock(self):
+        """Begin to count seconds, from now on."""
+        self.lap_began = time.perf_counter()
+
+    def lap(self, part):
+        """Count the seconds since the last call as spent on a part: steps, evaluation or files."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self.lap_began
+        self.lap_began = now
+
+    def rounded_seconds(self):
+        """Return {part: seconds} as the log shows them."""
+        return {part: round(seconds, 1) for part, seconds in self.seconds.items()}
 
     def evaluate(self, split):
         """Return the student's (metrics, answers, p_s of the first 1,000 texts) on a split."""
@@ -1222,13 +1279,31 @@ class Cell:
         return {"aligner": scores, "spaces": spaces}
 
     def keep_if_best(self, epoch, scores):
-        """Save the student to best/ if this epoch's headline on dev is the highest so far."""
+        """Remember an epoch whose headline on dev is the highest so far; --keep-best saves its
+        student."""
         # The first metric that the best epoch has too: a resumed run may have gained one (rouge_l's
         # package).
         headline = next(name for name in scores if self.best is None or name in self.best["dev"])
         if self.best is None or scores[headline] > self.best["dev"][headline]:
             self.best = {"epoch": epoch, "dev": scores}
-            self.save("best")
+            if self.config.keep_best:
+                self.save("best")
+
+    def checkpoint_is_due(self):
+        """Whether an evaluation should be followed by a checkpoint.
+
+        Files of a large student take longer to write than its epochs to train. So that they take
+        about 5 % of a run's time, the next one waits 20 times as long as the last one took; the
+        first one is reckoned from its size. After the last step finish() saves the student.
+        """
+        if self.done == self.total_steps:
+            return False
+        seconds = self.seconds_of_save
+        if seconds is None:
+            # Weights and two moments, 4 bytes each; half a gigabyte a second is a slow disk.
+            seconds = 12 * count_trained(self.student) / 0.5e9
+        is_due = time.perf_counter() - self.last_saved > 20 * seconds
+        return from_rank0(lambda: is_due)  # clocks differ, and all must take part
 
     def log(self, line):
         """Add a line to log.jsonl."""
@@ -1240,11 +1315,12 @@ class Cell:
     def save(self, name):
         """Write best/ or last/, a student as load_student and AutoModel open it.
 
-        last/ also holds all that a resumed run needs to go on.
+        last/ also holds all that a resumed run needs to go on: after the last step no moments.
         """
+        began = time.perf_counter()
         state = {key: gather_to_rank0(value) for key, value in self.student.state().items()}
         moments = {}
-        if name == "last":
+        if name == "last" and self.done < self.total_steps:
             moments = self.optimizer_moments()
         if not is_first():
             return
@@ -1258,6 +1334,9 @@ class Cell:
                     "done": self.done, "best": self.best, "seconds": self.seconds,
                     "lines": self.lines, "scaler": self.scalers["student"].state_dict()})
                 (new / "checksum").write_text(str(checksum(new)))
+        if name == "last":
+            self.last_saved = time.perf_counter()
+            self.seconds_of_save = self.last_saved - began
 
     def optimizer_moments(self):
         """Return {"ROLE NUMBER NAME": tensor}: the state of AdamW for each numbered parameter."""
@@ -1289,7 +1368,12 @@ class Cell:
 
 
 def finish(cell):
-    """Score the last epoch's student on all splits; write predictions_* and metrics.json."""
+    """Save the last epoch's student, score it on all splits; write predictions_* and metrics.json.
+
+    It is saved first, since to score a large test split may take longer than the training did.
+    """
+    cell.save("last")
+    cell.lap("files")
     answers = {}  # of each split
     metrics = describe(cell)
     if cell.answers:  # as they were after the last step
@@ -1298,6 +1382,8 @@ def finish(cell):
     for split in cell.data.splits:
         if split != "train" and split not in answers:
             metrics[split], answers[split], _ = cell.evaluate(split)
+    cell.lap("evaluation")
+    metrics["seconds"] = cell.rounded_seconds()
     if not is_first():
         return
     for split in answers:
@@ -1323,7 +1409,7 @@ def describe(cell):
         "grad_norm": round(mean_gradient_norm(cell.lines), 4),
         "parameters": sum(weight.numel() for weight in parameters),
         "trained": sum(weight.numel() for weight in parameters if weight.requires_grad),
-        "seconds": round(cell.seconds, 1), "peak_memory_mib": peak_memory}
+        "peak_memory_mib": peak_memory}
 
 
 def mean_gradient_norm(lines):
@@ -1679,6 +1765,49 @@ def student_shapes(config, examples):
     return lm.config
 
 
+def imagine_models(config, examples):
+    """Return (student, its language model's config, d, aligner's parameters, what to say of d)."""
+    teacher_width, assumed = planned_width(config)
+    proj_dim = config.proj_dim or teacher_width
+    lm_config = student_shapes(config, examples)
+    student = imagine_student(config, lm_config, proj_dim)
+    aligner_size = 0
+    if is_distilled(config):
+        with torch.device("meta"):
+            num_labels = student.settings["num_labels"]
+            aligner_size = count_parameters(TSAligner(teacher_width, num_labels, proj_dim=proj_dim))
+    return student, lm_config, proj_dim, aligner_size, assumed
+
+
+def after_out_of_memory(config):
+    """Return the line to end with after torch.OutOfMemoryError: which flags would fit the card.
+
+    They are --plan's. Where it cannot tell, or finds that the run should fit, something else may be
+    on the card, and the line names what takes less.
+    """
+    try:
+        gigabytes = card_memory(config)
+        arms = [replace(config, memory=gigabytes, **ARMS[arm]) for arm in config.arms]
+        config = next((arm for arm in arms if is_distilled(arm)), arms[0])
+        student, lm_config, proj_dim, aligner_size, _ = imagine_models(
+            config, examples_at_hand(config))
+        flags = flags_that_fit(resolve_auto(config, student), lm_config, proj_dim, aligner_size)
+    except UserError:
+        flags = None
+    if flags:
+        return f"out of memory: a card of {gigabytes:.3g} GiB should do with {flags}"
+    return ("out of memory: try a smaller --micro-batch or --max-length, --grad-checkpoint on or "
+            "--amp bf16")
+
+
+def card_memory(config):
+    """Return the memory in GiB of the GPU that a run is on; UserError if it is on none."""
+    device = precision(config)[0]
+    if device.type != "cuda":
+        raise UserError(f"{device} has no memory of its own")
+    return torch.cuda.get_device_properties(device).total_memory / GIB
+
+
 def plan(config, arms):
     """Return the text that --plan prints, of a resolved Config and that of each of its arms.
 
@@ -1688,16 +1817,8 @@ def plan(config, arms):
     distilled = [arm for arm in arms if is_distilled(arm)]
     config = (distilled or arms)[0]  # an arm with an aligner takes the most
     examples = examples_at_hand(config)
-    teacher_width, assumed = planned_width(config)
-    proj_dim = config.proj_dim or teacher_width
-    lm_config = student_shapes(config, examples)
-    student = imagine_student(config, lm_config, proj_dim)
-    aligner_size = 0
-    if distilled:
-        with torch.device("meta"):
-            num_labels = student.settings["num_labels"]
-            aligner_size = count_parameters(TSAligner(teacher_width, num_labels, proj_dim=proj_dim))
-
+    shapes = imagine_models(config, examples)
+    student, lm_config, proj_dim, aligner_size, assumed = shapes
     lines = [
         f"plan: {config.task}, student {config.student}, teacher {config.teacher}; "
         "nothing loaded or written",
@@ -1771,6 +1892,7 @@ def train_grid(config):
     out = Path(config.out)
     is_new = from_rank0(lambda: not out.exists())
     lock = FileLock(out / "lock")  # one run, one writer
+    spent = {}  # {part: seconds} of all cells
     try:
         if from_rank0(partial(unfinished, config)):
             from_rank0(partial(begin, config, lock))
@@ -1780,7 +1902,11 @@ def train_grid(config):
             cell_config = replace(config, arms=(arm,), seeds=(seed,), resume=None, **ARMS[arm])
             if is_first():
                 write_json(folder / "config.json", vars(cell_config))
-            run(Cell(cell_config, data, folder))
+            cell = Cell(cell_config, data, folder)
+            run(cell)
+            for part, seconds in cell.seconds.items():
+                spent[part] = spent.get(part, 0) + seconds
+            del cell
             gc.collect()  # DDP and FSDP hold a student in cycles: it would stay beside the next one
     except (UserError, OSError):
         if is_new and is_first() and lock.is_locked:
@@ -1788,6 +1914,8 @@ def train_grid(config):
         raise
     finally:
         lock.release()
+    if spent:
+        print("seconds: " + ", ".join(f"{part} {spent[part]:.1f}" for part in spent), flush=True)
     return from_rank0(partial(collect, config))
 
 
@@ -1917,8 +2045,7 @@ def main(argv=None, config=None):
     except UserError as error:
         fail(error)
     except torch.OutOfMemoryError:
-        fail("out of memory: try a smaller --micro-batch or --max-length, --grad-checkpoint on or "
-             "--amp bf16")
+        fail(after_out_of_memory(config))
     except (OSError, SafetensorError) as error:  # a full disk; a folder that cannot be written
         begun = Path(config.out, "config.json").exists()
         fail(f"{error}; mend this and --resume {config.out}" if begun else str(error))
