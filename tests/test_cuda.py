@@ -13,7 +13,7 @@ import transformers
 
 import train as training
 from student import Student
-from tests.conftest import family_config
+from tests.conftest import family_config, write_reasoning
 from tests.test_plan import TOKENIZER, VOCABULARY, planned, sized, train_for
 from train import ARMS, Cell, Config, Data, resolve, train, update
 
@@ -74,6 +74,67 @@ def test_an_infinite_gradient_skips_the_step_and_halves_the_scale(tmp_path, monk
         update(cell, 0, "student", step, [*range(8)])
     assert not all(map(torch.equal, before, weights()))
     assert all(weight.isfinite().all() for weight in weights())
+
+
+# ---- nobody waits ----
+def small_cell(folder, amp, model=None, **flags):
+    """A Cell on the GPU: tiny on objects, or a causal model that learns ARC-Easy with LoRA."""
+    task = dict(task="objects", limit=64)
+    if model:
+        task = dict(task="reason/arc_e", data_dir=write_reasoning(folder), student=model, lora=2,
+                    teacher="painter", max_length=200, max_new_tokens=32,
+                    cache_dir=str(folder / "cache"))
+    config = resolve(Config(**task, batch_size=8, device="cuda", amp=amp, arms="armada", seeds="0",
+                            out=str(folder / "run"), **flags))
+    (folder / "cell").mkdir()
+    return Cell(replace(config, **ARMS["armada"]), Data(config), folder / "cell")
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("generates", [False, True])
+def test_no_step_waits_for_the_gpu(generates, amp, tmp_path, causal_folder):
+    """torch raises where the CPU would wait: .item(), .tolist(), a boolean mask, a copy from
+    memory that is not pinned. The first steps are free to: libraries are loaded."""
+    needs(amp)
+    cell = small_cell(tmp_path, amp, causal_folder() if generates else None)
+    rows = [*range(8)]
+    for role in ("aligner", "student"):
+        update(cell, 0, role, 0, rows)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for role in ("aligner", "student"):
+            update(cell, 0, role, 1, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_compiled_blocks_give_the_same_losses(amp, tmp_path, monkeypatch):
+    """Within mixed precision's tolerance. Dropout, off here, draws other numbers when compiled."""
+    needs(amp)
+    train_mode = torch.nn.Module.train
+    monkeypatch.setattr(torch.nn.Module, "train", lambda module, mode=True: train_mode(module, False))
+    losses = {}
+    for compiles in (False, True):
+        (tmp_path / str(compiles)).mkdir()
+        cell = small_cell(tmp_path / str(compiles), amp, compile=compiles)
+        losses[compiles] = [update(cell, 0, "student", step, [*range(8)])["loss"].item()
+                            for step in range(3)]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4 if amp == "off" else 0.02)
+
+
+def test_after_the_rehearsal_the_allocator_grows_no_more(tmp_path):
+    """What the longest batch, gradients and moments need has been asked of the driver by then."""
+    cell = small_cell(tmp_path, "off")
+    training.rehearse(cell)
+    torch.cuda.synchronize()
+    reserved = torch.cuda.memory_reserved()
+    for _, role, step, rows in training.schedule(cell):
+        update(cell, 0, role, step, rows)
+        if role == "student" and step == 7:
+            break
+    assert torch.cuda.memory_reserved() <= reserved + 2**21  # one more block at most
 
 
 # ---- memory ----
