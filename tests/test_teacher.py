@@ -1019,6 +1019,68 @@ def test_stable_diffusion_draws_the_noise_of_a_text_from_the_text_itself(
     assert (first != second).any()
 
 
+def test_a_scheduler_that_was_used_changes_no_vector(diffusion_folder, quick_recipe, monkeypatch):
+    """On a GPU image to image moves the scheduler's table of noise levels there, where a picture
+    in float16 reads them in float16. Here the table is rounded where it would be moved."""
+    diffusers = pytest.importorskip("diffusers")
+    add_noise = diffusers.PNDMScheduler.add_noise
+    moved = []
+
+    def add_noise_on_a_gpu(scheduler, *args):
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.half().float()
+        moved.append(scheduler)
+        return add_noise(scheduler, *args)
+
+    monkeypatch.setattr(diffusers.PNDMScheduler, "add_noise", add_noise_on_a_gpu)
+    teacher = build_teacher(f"stable-diffusion:{diffusion_folder}")
+    first = teacher.encode(["a mouse"])
+    assert len(moved) == 1
+    np.testing.assert_array_equal(teacher.encode(["a piano", "a mouse"])[1], first[0])
+
+
+def arithmetic():
+    """What a program may have chosen, and fixed_arithmetic() sets aside."""
+    cudnn = torch.backends.cudnn
+    return torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.deterministic
+
+
+@pytest.fixture
+def fast_arithmetic(monkeypatch):
+    """The choices of a program that wants speed, until the test ends."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    yield arithmetic()
+    torch.set_float32_matmul_precision(before)
+
+
+@needs_pillow
+@pytest.mark.parametrize("spec, encoder", [
+    ("clip:{clip}", None), ("images:{pictures}", "clip:{clip}"),
+    ("stable-diffusion:{diffusion}", None), ("stable-diffusion:{diffusion}", "vae:{diffusion}/vae"),
+])
+def test_every_model_computes_in_one_way_and_leaves_the_program_its_own(
+        spec, encoder, clip_folder, diffusion_folder, pictures, quick_recipe, fast_arithmetic):
+    """train.py allows TF32, which would make another vector than teacher.py did for the cache."""
+    folders = {"clip": clip_folder, "diffusion": diffusion_folder, "pictures": pictures}
+    if encoder:
+        encoder = encoder.format(**folders)
+    teacher = build_teacher(spec.format(**folders), encoder)
+    seen = []
+
+    class Noting(torch.utils._python_dispatch.TorchDispatchMode):
+        """Notes the arithmetic of every matrix product and convolution."""
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if any(part in str(function) for part in ("mm", "convolution")):
+                seen.append(arithmetic())
+            return function(*args, **(kwargs or {}))
+
+    with Noting():
+        teacher.encode(["a"])
+    assert set(seen) == {("highest", False, True)}
+    assert arithmetic() == fast_arithmetic
+
+
 def spy(pipe, calls):
     """Let a pipeline note the keyword arguments of its calls."""
     original = type(pipe)
