@@ -616,8 +616,9 @@ def task_to_score(cell, config, other_task):
 def score_saved(folder, config, task, split, examples):
     """Score the student saved in a folder on one split: (metrics, answers).
 
-    It runs in the precision that training had, on whatever device there is. Raises UserError for
-    weights that are not finite, to which a class would still be the largest of the logits.
+    It runs in the precision that training had, on the CPU if training did, else on whatever device
+    there is: sampled answers and rounding are those of training. Raises UserError for weights that
+    are not finite, to which a class would still be the largest of the logits.
     """
     import torch
 
@@ -625,8 +626,9 @@ def score_saved(folder, config, task, split, examples):
     amp = config["amp"]
     if amp == "fp16" and not torch.cuda.is_available():
         amp = "off"
-    device, autocast, *_ = precision(
-        SimpleNamespace(device="auto", student=config["student"], amp=amp, fsdp=False))
+    where = "cpu" if config.get("device") == "cpu" else "auto"
+    device, autocast, *_ = precision(SimpleNamespace(
+        device=where, student=config.get("student"), amp=amp, fsdp=False))
     student = load_student(folder).to(device)
     if not all(weight.isfinite().all() for weight in student.parameters()):
         raise UserError(f"{folder}: a weight {DIVERGED}")

@@ -230,7 +230,8 @@ class Clip(Teacher):
             part = slice(start, start + 64)
             batch = self.tokenizer(texts[part], padding=True, truncation=True,
                                    max_length=self.max_tokens, return_tensors="pt")
-            output = self.model(**batch.to(self.model.device))
+            with fixed_arithmetic():
+                output = self.model(**batch.to(self.model.device))
             vectors[part] = output.text_embeds.cpu().numpy()  # (n, d_e)
         return vectors
 
@@ -243,6 +244,29 @@ class Clip(Teacher):
 def device_name():
     import torch
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def fixed_arithmetic():
+    """Within, a GPU computes in one way, whatever the program around it has chosen.
+
+    train.py allows TF32, in which a vector would differ by a thousandth from the one that
+    teacher.py makes ahead, and a program may let cuDNN take whichever kernel was fastest just now.
+    Two kinds of GPU, or two versions of PyTorch, still round differently: the cache keeps what came
+    first.
+    """
+    import torch
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.deterministic
+    torch.set_float32_matmul_precision("highest")
+    cudnn.benchmark = False
+    cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.benchmark = before[1]
+        cudnn.deterministic = before[2]
 
 
 def load_frozen(name, kind):
@@ -280,7 +304,8 @@ def clip_pixels(name):
 
     def see(picture):
         batch = prepare(picture, return_tensors="pt").to(model.device)
-        features = model(**batch).image_embeds  # (1, d_e)
+        with fixed_arithmetic():
+            features = model(**batch).image_embeds  # (1, d_e)
         return features[0].cpu().numpy()
 
     return see
@@ -297,7 +322,8 @@ def vae(name):
 
     def see(picture):
         image = prepare(picture, 128, 128).to(model.device)    # (1, 3, 128, 128)
-        latent = model.encode(image).latent_dist.mode()        # (1, 4, 16, 16)
+        with fixed_arithmetic():
+            latent = model.encode(image).latent_dist.mode()    # (1, 4, 16, 16)
         latent = model.config.scaling_factor * latent
         return latent.flatten().cpu().numpy()                  # (1024,)
 
@@ -395,7 +421,13 @@ class StableDiffusion(Pictures):
         seed = seeded_generator("stable-diffusion", text).integers(2**63)
         generator = torch.Generator().manual_seed(int(seed))
         pipe = self.pipes[stage]
-        return pipe(text, generator=generator, **self.recipe[stage], **more).images[0]
+        # Each picture gets a scheduler as it was loaded. A used one keeps its table of noise levels
+        # on the GPU since image to image put it there (add_noise of diffusers), and what is taken
+        # from there is rounded to the picture's float16 before they are multiplied, while numbers
+        # from the CPU are not: the first text of a process had another vector than ever after.
+        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)
+        with fixed_arithmetic():
+            return pipe(text, generator=generator, **self.recipe[stage], **more).images[0]
 
     def encode(self, texts):
         if self.see:

@@ -1,4 +1,5 @@
-"""What only a CUDA device shows: mixed precision with a real GradScaler, peak memory.
+"""What only a CUDA device shows: mixed precision with a real GradScaler, peak memory, and that
+generating and drawing repeat themselves there.
 
 Skipped elsewhere.
 """
@@ -7,14 +8,17 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 import train as training
-from student import Student
+from student import LoRA, Student, build_student
+from teacher import build_teacher
 from tests.conftest import family_config, write_reasoning
 from tests.test_plan import TOKENIZER, VOCABULARY, planned, sized, train_for
+from tests.test_teacher import clip_folder, diffusion_folder, quick_recipe  # noqa: F401, fixtures
 from train import ARMS, Cell, Config, Data, resolve, train, update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -192,3 +196,61 @@ def test_the_plan_knows_the_peak_memory(family, checkpointing, amp):
     measured = torch.cuda.max_memory_allocated() - before
     told = planned(config, checkpointing, amp, device="cuda", batch_size=rows, max_length=length)
     assert told == pytest.approx(measured, rel=0.2)
+
+
+# ---- a teacher's vectors ----
+def test_stable_diffusion_gives_a_text_its_vector_the_first_time_too(
+        diffusion_folder, quick_recipe):  # noqa: F811
+    """In float16, whose rounding shows the least difference; a program around may choose TF32 and
+    cuDNN's fastest kernels after the first vectors were made."""
+    teacher = build_teacher(f"stable-diffusion:{diffusion_folder}")
+    assert teacher.pipes[0].unet.dtype == torch.float16
+    texts = ["a mouse", "a piano"]
+    first = teacher.encode(texts)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            again = teacher.encode(texts)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(teacher.encode(texts[1:])[0], first[1])
+    other = build_teacher(f"stable-diffusion:{diffusion_folder}")
+    np.testing.assert_array_equal(other.encode(texts[::-1])[::-1], first)
+
+
+def test_clip_gives_the_same_vectors_whether_training_has_allowed_tf32_or_not(
+        clip_folder):  # noqa: F811
+    teacher = build_teacher(f"clip:{clip_folder}")
+    before = torch.get_float32_matmul_precision()
+    vectors = {}
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            vectors[precision] = teacher.encode(["a mouse", "a piano"])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    np.testing.assert_array_equal(vectors["high"], vectors["highest"])
+
+
+# ---- generating ----
+def test_generating_merges_a_rounded_base_and_gives_it_back(causal_folder, monkeypatch):
+    """Under bf16, as llama-7b generates; the memory of the merged maps is given back too."""
+    needs("bf16")
+    torch.manual_seed(0)
+    student = build_student(causal_folder(), 2, 16, vocabulary=(5, 6), max_new_tokens=12, lora=4)
+    student.to("cuda").round_frozen_weights()
+    for lora in student.loras().values():
+        torch.nn.init.normal_(lora.lora_B.weight, std=0.1)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    rows = [{"input_ids": [*range(5, 5 + length)]} for length in (3, 9, 6)]
+    autocast = partial(torch.autocast, "cuda", torch.bfloat16)
+    student.generate(rows, autocast=autocast)
+    held = torch.cuda.memory_allocated()
+    monkeypatch.setattr(LoRA, "forward", lambda *_: pytest.fail("a LoRA was called"))
+    texts = student.generate(rows, autocast=autocast)
+    assert texts == student.generate(rows, autocast=autocast)
+    assert torch.cuda.memory_allocated() <= held + 2**16
+    after = student.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)

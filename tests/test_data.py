@@ -370,11 +370,11 @@ def zip_with_member(name):
 
 
 @pytest.mark.parametrize("status, body, says", [
-    (404, b"", "404"),
-    (200, b"PK half of a zip file", "not a zip file"),
-    (200, zip_with_member("../evil"), "evil would leave the folder"),
-    (200, zip_with_member("/etc/evil"), "would leave"),
-    (200, zip_with_member("CB/train.jsonl"), "RTE"),
+    pytest.param(404, b"", "404", id="missing"),
+    pytest.param(200, b"PK half of a zip file", "not a zip file", id="half"),
+    pytest.param(200, zip_with_member("../evil"), "evil would leave the folder", id="above"),
+    pytest.param(200, zip_with_member("/etc/evil"), "would leave", id="elsewhere"),
+    pytest.param(200, zip_with_member("CB/train.jsonl"), "RTE", id="another task"),
 ])
 def test_an_archive_that_cannot_be_had_is_one_line_and_leaves_nothing(
         mirror, tmp_path, status, body, says):

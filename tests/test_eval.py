@@ -663,6 +663,25 @@ def test_a_saved_student_of_nan_is_not_scored(finished, monkeypatch, capsys):
         evaluation.rescore_cell(finished / "armada/3", {}, None)
 
 
+@pytest.mark.parametrize("trained_on, scored_on", [("cpu", "cpu"), ("auto", "auto"),
+                                                   ("cuda:7", "auto"), (None, "auto")])
+def test_a_student_is_scored_on_the_cpu_where_it_was_trained_there(
+        trained_on, scored_on, tmp_path, monkeypatch):
+    """A GPU would round and sample otherwise; any other device may be absent here."""
+    class Found(Exception):
+        pass
+
+    def note(wanted):
+        raise Found(wanted.device)
+
+    monkeypatch.setattr("student.precision", note)
+    config = {"amp": "off"}
+    if trained_on:  # runs of an earlier version lack it
+        config["device"] = trained_on
+    with pytest.raises(Found, match=f"^{scored_on}$"):
+        evaluation.score_saved(tmp_path, config, TASKS["rte"], "dev", [])
+
+
 # ---- which cells are one arm ----
 
 def copy_seed(run):

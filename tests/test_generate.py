@@ -464,6 +464,84 @@ def test_merged_equals_unmerged_and_is_saved_as_an_ordinary_model(student, tmp_p
     torch.testing.assert_close(loaded.answer_loss, after.answer_loss)
 
 
+def written_by_hand(made, row):
+    """What greedy generation is, without a cache: the whole text is read again for each token."""
+    ids = prompt_ids(row)
+    new_ids = []
+    for _ in range(made.settings["max_new_tokens"]):
+        with torch.no_grad():
+            logits = made.lm(torch.tensor([ids + new_ids])).logits[0, -1]  # (V,)
+        new_ids.append(logits.argmax().item())
+        if new_ids[-1] == made.tokenizer.eos_token_id:
+            break
+    return made.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+
+
+def weights_of(made):
+    return {name: value.clone() for name, value in made.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_no_lora_is_called_while_generating_and_the_texts_are_those_of_the_unmerged_student(
+        student, family, monkeypatch):
+    """A token of 32 layers with LoRA costs hundreds of calls more, each of hardly any work."""
+    made, rows, _ = student(family, lora=4)
+    loosened(made)
+    expected = [written_by_hand(made, row) for row in rows]
+    monkeypatch.setattr(LoRA, "forward", lambda *_: pytest.fail("a LoRA was called"))
+    assert made.generate(rows) == expected
+    with torch.inference_mode():
+        assert made.generate(rows) == expected
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_generating_weights_modules_and_mode_are_what_they_were(
+        student, rounded, fails, monkeypatch):
+    """Bit for bit, and also where it stops in the middle: training goes on with these weights."""
+    made, rows, _ = student(lora=4)
+    loosened(made).train()
+    if rounded:
+        made.round_frozen_weights()
+    before = weights_of(made)
+    modules = dict(made.named_modules())
+    generated_from = []
+
+    def generate(**how):
+        generated_from.append(weights_of(made))
+        if fails:
+            raise KeyboardInterrupt
+        return how["input_ids"]
+
+    monkeypatch.setattr(made.lm, "generate", generate)
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            made.generate(rows)
+    else:
+        made.generate(rows)
+    after = made.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert dict(made.named_modules()) == modules
+    assert all(module.training for module in made.modules())
+    merged = generated_from[0]
+    name = "lm.model.layers.0.self_attn.q_proj"
+    assert not torch.equal(merged[f"{name}.weight"], before[f"{name}.base.weight"])
+
+
+def test_a_rounded_base_is_merged_with_one_rounding():
+    """W + s B A may be much smaller than either, and still is off by its own rounding alone."""
+    linear = torch.nn.Linear(64, 64, bias=False)
+    lora = LoRA(linear, 4)
+    torch.nn.init.normal_(lora.lora_B.weight)
+    update = lora.scale * lora.lora_B.weight.detach().double() @ lora.lora_A.weight.detach().double()
+    linear.weight.data = (torch.randn(64, 64) * 0.01 - update).bfloat16()
+    exact = linear.weight.detach().double() + update             # (64, 64)
+    merged = lora.merged().weight.detach().double()
+    half_a_step = exact.abs() * 2.0**-8                          # bf16 keeps 8 digits
+    assert ((merged - exact).abs() <= half_a_step + 1e-6).all()  # and float32's rounding
+
+
 def test_a_saved_adapter_is_loaded_again_with_its_base(student, tmp_path):
     made, rows, _ = student(lora=4)
     loosened(made).save(tmp_path)

@@ -1,5 +1,8 @@
-"""Bad input: one line on stderr that names the thing and says what to type, exit status 2, nothing loaded or
-fetched before, nothing left behind. Read beside train.py's configuration and data.py's readers."""
+"""Bad input: one line on stderr that names the thing and says what to type, exit status 2.
+
+Nothing is loaded or fetched before, nothing is left behind. Read beside train.py's configuration
+and data.py's readers.
+"""
 import json
 import shutil
 import subprocess
@@ -16,6 +19,7 @@ import train as training
 from data import UserError
 from train import Config, main, resolve
 
+
 @pytest.fixture
 def folder(tmp_path, official):
     """tmp_path with small official files in data/ and fitting vectors in vectors/."""
@@ -23,33 +27,51 @@ def folder(tmp_path, official):
         shutil.copytree(Path(official) / name, tmp_path / "data" / name)
     (tmp_path / "vectors").mkdir()
     for split, n in (("train", 12), ("dev", 6)):
-        np.save(tmp_path / f"vectors/{split}.npy", np.random.default_rng(0).standard_normal((n, 8)))
+        vectors = np.random.default_rng(0).standard_normal((n, 8))
+        np.save(tmp_path / f"vectors/{split}.npy", vectors)
     return tmp_path
+
+
+def completed(flags, folder):
+    """The flags as a list, with those that every run here needs: data, and a folder to write."""
+    flags = flags.format(folder=folder).split()
+    if "--resume" not in flags and "--out" not in flags:
+        flags += ["--out", str(folder / "run")]
+    if "--data-dir" not in flags:
+        flags += ["--data-dir", str(folder / "data")]
+    return flags
+
 
 @pytest.fixture
 def refused(folder, monkeypatch, capsys):
-    """refused(flags) -> the one line; fails if a student was loaded, the network asked or anything left."""
-    monkeypatch.setattr(training, "build_student", lambda *_, **__: pytest.fail("a student was loaded"))
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda *_, **__: pytest.fail("the network was asked"))
+    """refused(flags) -> the one line; fails if a student was loaded, the network asked or anything
+    left."""
+    def forbid(owner, name, what):
+        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail(what))
+
+    forbid(training, "build_student", "a student was loaded")
+    forbid(data.urllib.request, "urlopen", "the network was asked")
 
     def run(flags):
-        flags = flags.format(folder=folder).split()
-        extra = [] if "--resume" in flags else ["--out", str(folder / "run")] if "--out" not in flags else []
-        extra += [] if "--data-dir" in flags else ["--data-dir", str(folder / "data")]
         before = sorted(folder.rglob("*"))
         with pytest.raises(SystemExit) as stop:
-            main([*flags, *extra])
+            main(completed(flags, folder))
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
+        assert stop.value.code == 2, error
+        assert error.count("\n") == 1, error
+        assert "Traceback" not in error
         assert sorted(folder.rglob("*")) == before
         return error
 
     return run
 
+
+# ---- flags and environment ----
 @pytest.mark.parametrize("flags, says", [
     ("--task rtee", "unknown task 'rtee': did you mean rte?"),
     ("--task reason/arce", "did you mean reason/arc_e?"),
-    ("--task instruct/dolly --student opt-125m --max-new-tokens 512", "--max-length 512 is for both"),
+    ("--task instruct/dolly --student opt-125m --max-new-tokens 512",
+     "--max-length 512 is for both"),
     ("--task instruct/dolly --student tiny", "--student tiny is random"),
     ("--lora 8", "--student tiny is random: for --lora"),
     ("--task rte --lora -1", "--lora -1 must be a number at least 0"),
@@ -62,7 +84,8 @@ def refused(folder, monkeypatch, capsys):
     ("--pairing own,noise", "unknown --pairing 'own,noise'"),
     ("--picture-encoder pixel", "did you mean pixels?"),
     ("--picture-encoder pixels", "painter gives no pictures; leave it out"),
-    ("--task rte --student tiny --teacher api:https://me:secret@host/v1", "write api:https://HOST/v1"),
+    ("--task rte --student tiny --teacher api:https://me:secret@host/v1",
+     "write api:https://HOST/v1"),
     ("--task rte --student tiny --data-dir /dev/null", "/dev/null"),
     ("--amp fp32", "known: auto, off, bf16, fp16"),
     ("--amp fp16 --device cpu", "--amp fp16 needs a CUDA device: try --amp bf16 or off"),
@@ -78,7 +101,7 @@ def refused(folder, monkeypatch, capsys):
     ("--device cuda:-1", "choose auto, cpu, cuda, cuda:N or mps"),
     ("--device cuda:²", "choose auto, cpu, cuda, cuda:N or mps"),
     ("--device gpu", "choose auto, cpu, cuda, cuda:N or mps"),
-    ("--device cuda:77", "--device cuda:77: torch sees no such device here; try --device cpu"),
+    ("--device cuda:77", "--device cuda:77: torch sees no such device here; try --device c"),
     ("--alpha 1.5", "--alpha 1.5 must be a number at least 0 and at most 1"),
     ("--beta nan", "--beta nan must be a number at least 0"),
     ("--beta -1", "--beta -1.0 must be a number at least 0"),
@@ -98,11 +121,13 @@ def refused(folder, monkeypatch, capsys):
     ("--seeds -1", "seeds from 0"),
     ("--max-pictures -1", "--max-pictures -1 must be a number at least 0"),
     ("--teacher painter:7", "painter:7: write painter:RHO with a dose RHO from 0"),
-    ("--task rte --student tiny --teacher vectors:/nowhere", "/nowhere/train.npy is no readable array"),
+    ("--task rte --student tiny --teacher vectors:/nowhere",
+     "/nowhere/train.npy is no readable array"),
     ("--task rte --student tiny --teacher images:/nowhere", "/nowhere/manifest.jsonl"),
     ("--task rte --student tiny --teacher clip:/nowhere/x", "no folder here"),
     ("--task rte --student /nowhere/model", "could not fetch /nowhere/model: no folder here"),
-    ("--task rte --student tiny --data-dir /nowhere", "/nowhere/RTE/train.tsv is missing: give --data-dir"),
+    ("--task rte --student tiny --data-dir /nowhere",
+     "/nowhere/RTE/train.tsv is missing: give --data-dir"),
     ("--resume /nowhere", "--resume /nowhere: no run there"),
     ("--resume {folder}/data", "no run there"),
     ("--out /dev/null/run --seeds 0", "/dev/null"),
@@ -110,62 +135,80 @@ def refused(folder, monkeypatch, capsys):
 def test_a_wrong_flag_is_one_line_before_any_load_or_fetch(refused, flags, says):
     assert says in refused(flags)
 
+
 @pytest.mark.parametrize("name, value", [
     ("WORLD_SIZE", "two"), ("WORLD_SIZE", ""), ("WORLD_SIZE", "-1"), ("RANK", "x"),
     ("MASTER_PORT", "9" * 30)])
 def test_an_environment_that_torchrun_did_not_make_is_one_line(refused, monkeypatch, name, value):
-    for needed, number in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"),
-                           ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29999")):
-        monkeypatch.setenv(needed, number)
+    from_torchrun = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0",
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    for variable, usual in from_torchrun.items():
+        monkeypatch.setenv(variable, usual)
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(data.time, "sleep", lambda seconds: None)  # as other processes do
     assert f"the environment has {name}={value}" in refused("--task rte --student tiny")
 
 
+# ---- files of data and vectors ----
 def spoil(path, change):
-    """change(text) -> the file's new text, or its new bytes."""
+    """Write a file anew: change(text) is its new text, or its new bytes."""
     new = change(path.read_text(encoding="utf-8"))
-    path.write_bytes(new if isinstance(new, bytes) else new.encode())
+    if isinstance(new, str):
+        new = new.encode()
+    path.write_bytes(new)
+
+
+def edit(old, new, count=1):
+    """A change of the first places that read `old`."""
+    return lambda text: text.replace(old, new, count)
+
 
 @pytest.mark.parametrize("task, file, change, says", [
     ("rte", "RTE/train.jsonl", lambda text: "", "RTE/train.jsonl has no rows"),
     ("rte", "RTE/train.jsonl", lambda text: text[:-20], "RTE/train.jsonl:12 is not JSON"),
     ("rte", "RTE/val.jsonl", lambda text: text.encode("utf-16"), "RTE/val.jsonl is not UTF-8"),
     ("rte", "RTE/val.jsonl", lambda text: "3\n" + text, "RTE/val.jsonl:1 is not a JSON object"),
-    ("rte", "RTE/train.jsonl", lambda text: text.replace("not_entailment", "perhaps", 1),
-     "RTE/train.jsonl:2 has the label 'perhaps' in column label: expected one of entailment, not_entailment"),
-    ("rte", "RTE/train.jsonl", lambda text: text.replace('"premise"', '"prem"', 1),
+    ("rte", "RTE/train.jsonl", edit("not_entailment", "perhaps"),
+     "RTE/train.jsonl:2 has the label 'perhaps' in column label: "
+     "expected one of entailment, not_entailment"),
+    ("rte", "RTE/train.jsonl", edit('"premise"', '"prem"'),
      "RTE/train.jsonl:1 has no text 'premise'"),
-    ("sst2", "SST-2/dev.tsv", lambda text: text.replace("\t", " ", 2), "SST-2/dev.tsv:"),
-    ("sst2", "SST-2/train.tsv", lambda text: text.replace("\t1\n", "\t1\t1\n", 1),
+    ("sst2", "SST-2/dev.tsv", edit("\t", " ", 2), "SST-2/dev.tsv:"),
+    ("sst2", "SST-2/train.tsv", edit("\t1\n", "\t1\t1\n"),
      "SST-2/train.tsv:3 has 3 columns, not 2: sentence, label"),
-    ("stsb", "STS-B/train.tsv", lambda text: text.replace("0.900", "nan", 1),
+    ("stsb", "STS-B/train.tsv", edit("0.900", "nan"),
      "STS-B/train.tsv:3 has the label 'nan' in column score: expected a number from 0 to 5"),
-    ("cola", "CoLA/train.tsv", lambda text: text.replace("\t1\t", "\tyes\t", 1), "expected one of 0, 1"),
-    ("wsc", "WSC/train.jsonl", lambda text: text.replace('"span1_index": 0', '"span1_index": 70', 1),
+    ("cola", "CoLA/train.tsv", edit("\t1\t", "\tyes\t"), "expected one of 0, 1"),
+    ("wsc", "WSC/train.jsonl", edit('"span1_index": 0', '"span1_index": 70'),
      "WSC/train.jsonl:1 has no text with two spans"),
-    ("wsc", "WSC/train.jsonl", lambda text: text.replace('"span2_index": 4', '"span2_index": -4', 1),
+    ("wsc", "WSC/train.jsonl", edit('"span2_index": 4', '"span2_index": -4'),
      "WSC/train.jsonl:1 has no text with two spans"),
     ("rte", "RTE/val.jsonl", lambda text: "[" * 10**5,
      "val.jsonl:1 is not JSON (it is nested too deeply)"),
-    ("stsb", "STS-B/train.tsv", lambda text: text.replace("0.900", "1" + "0" * 400, 1),
+    ("stsb", "STS-B/train.tsv", edit("0.900", "1" + "0" * 400),
      "expected a number from 0 to 5"),
-    ("rte", "RTE/val.jsonl", lambda text: text.replace("stands", "\\ud800", 1),
-     "val.jsonl:1 holds half of a character")])
+    ("rte", "RTE/val.jsonl", edit("stands", "\\ud800"),
+     "val.jsonl:1 holds half of a character"),
+])
 def test_a_damaged_data_file_is_named_with_its_line(refused, folder, task, file, change, says):
     spoil(folder / "data" / file, change)
     assert says in refused(f"--task {task} --student tiny --teacher painter")
 
+
 @pytest.mark.parametrize("split, array, says", [
-    ("train", np.zeros((11, 8)), "train.npy has shape (11, 8), expected (12, 8): one row an example"),
+    ("train", np.zeros((11, 8)),
+     "train.npy has shape (11, 8), expected (12, 8): one row an example"),
     ("dev", np.zeros((6, 9)), "dev.npy has shape (6, 9), expected (6, 8)"),
-    ("dev", np.zeros((6, 8), int), "dev.npy holds int64 of shape (6, 8): expected floats, in C order"),
+    ("dev", np.zeros((6, 8), int),
+     "dev.npy holds int64 of shape (6, 8): expected floats, in C order"),
     ("train", np.full((12, 8), np.nan), "train.npy, whose row 0 (the first is 0)"),
     ("dev", np.full((6, 8), 1e30), "out of scale beside the root mean square"),
-    ("train", np.array([["a"] * 8] * 12, object), "train.npy is no readable array")])
+    ("train", np.array([["a"] * 8] * 12, object), "train.npy is no readable array"),
+])
 def test_vectors_that_do_not_fit_are_refused(refused, folder, split, array, says):
     np.save(folder / f"vectors/{split}.npy", array, allow_pickle=True)
     assert says in refused("--task rte --student tiny --teacher vectors:{folder}/vectors")
+
 
 def test_half_of_a_vectors_file_is_refused(refused, folder):
     whole = (folder / "vectors/train.npy").read_bytes()
@@ -173,52 +216,76 @@ def test_half_of_a_vectors_file_is_refused(refused, folder):
     error = refused("--task rte --student tiny --teacher vectors:{folder}/vectors")
     assert "train.npy is no readable array" in error
 
-def test_what_only_the_loaded_student_can_tell_is_one_line_too(folder, model_folder, capsys):
-    for flags, says in ((["--student", model_folder("opt"), "--max-length", "90"], "reads at most 80 tokens"),
-                        (["--student", "tiny", "--max-length", "600"], "tiny reads at most 512 tokens"),
-                        (["--student", "tiny", "--max-length", "9"], "--max-length 9 is too small for")):
-        with pytest.raises(SystemExit) as stop:
-            main(["--task", "copa", "--teacher", "painter", *flags, "--data-dir", str(folder / "data"),
-                  "--out", str(folder / "run")])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and says in error and error.count("\n") == 1
-        assert not (folder / "run").exists()
+
+# ---- what comes to light later ----
+@pytest.mark.parametrize("student_name, length, says", [
+    ("opt", 90, "reads at most 80 tokens"),
+    ("tiny", 600, "tiny reads at most 512 tokens"),
+    ("tiny", 9, "--max-length 9 is too small for"),
+])
+def test_what_only_the_loaded_student_can_tell_is_one_line_too(
+        folder, model_folder, capsys, student_name, length, says):
+    if student_name != "tiny":
+        student_name = model_folder(student_name)
+    flags = f"--task copa --teacher painter --device cpu --student {student_name}"
+    with pytest.raises(SystemExit) as stop:
+        main(completed(f"{flags} --max-length {length}", folder))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (folder / "run").exists()
+
 
 def test_an_output_folder_that_holds_another_run_and_a_resume_with_other_flags(refused, folder):
     cell = folder / "run/armada/0"
     cell.mkdir(parents=True)
     (cell / "log.jsonl").write_text("")
-    config = resolve(Config(task="rte", student="tiny", teacher="painter", data_dir=str(folder / "data")))
+    config = resolve(Config(task="rte", student="tiny", teacher="painter",
+                            data_dir=str(folder / "data")))
     (folder / "run/config.json").write_text(json.dumps(vars(config)))
     assert f"run holds a run already: go on with --resume {folder}/run" in refused("--task rte")
     error = refused("--resume {folder}/run --lr 1e-3 --beta 2")
     assert "--lr is 2e-05, not 0.001; --beta is 1.0, not 2.0: leave it out" in error
+    # What a resumed run may spend and ask is said anew.
     saved = training.resume_config(folder / "run", {"max_pictures": 5, "offline": True})
-    assert saved.max_pictures == 5 and saved.offline  # what a resumed run may spend and ask is said anew
+    assert saved.max_pictures == 5
+    assert saved.offline
     (folder / "run/config.json").write_text('{"tsk": "rte"}')
     assert "not one of this version" in refused("--resume {folder}/run")
 
+
 def test_what_others_keep_in_the_output_folder_is_never_cleared_away(folder, monkeypatch, capsys):
-    flags = ["--task", "rte", "--student", "tiny", "--data-dir", str(folder / "data"), "--teacher",
-             f"clip:{folder}", "--out", str(folder / "run")]
+    flags = completed("--task rte --student tiny --device cpu --teacher clip:{folder}", folder)
+    run = folder / "run"
     with pytest.raises(SystemExit):
         main(flags)  # no such model: nothing was begun
-    assert not (folder / "run").exists()
-    monkeypatch.setattr(training, "Data", lambda _: (folder / "run/paid.sqlite").touch() or open("/nowhere"))
-    with pytest.raises(SystemExit):
-        main(flags)  # as if --cache-dir lay in --out
-    assert (folder / "run/paid.sqlite").exists()
-    (folder / "run/config.json").write_text('{"model_type": "bert"}')
+    assert not run.exists()
+
+    def keep_a_file_and_fail(_):
+        (run / "paid.sqlite").touch()  # as if --cache-dir lay in --out
+        raise OSError("no room")
+
+    monkeypatch.setattr(training, "Data", keep_a_file_and_fail)
     with pytest.raises(SystemExit):
         main(flags)
-    assert (folder / "run/config.json").read_text() == '{"model_type": "bert"}'
+    assert (run / "paid.sqlite").exists()
+    (run / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert (run / "config.json").read_text() == '{"model_type": "bert"}'
     assert "holds a run already" in capsys.readouterr().err
 
+
 def test_near_names_are_suggested_for_a_student_that_neither_folder_nor_hub_has(monkeypatch):
+    def unreachable(url, timeout):
+        raise OSError("no network")
+
     student.check_available.cache_clear()
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: open("/nowhere"))  # raises
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
     with pytest.raises(UserError, match="did you mean opt-1.3b?"):
         student.check_available("opt-1.3")
+
 
 def test_no_key_is_in_what_a_run_writes(folder, monkeypatch, capsys):
     """The spec of an image API is stored with the run, its key never is."""
@@ -227,18 +294,20 @@ def test_no_key_is_in_what_a_run_writes(folder, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "")  # so that what --offline sets is undone
     (folder / "run").mkdir()  # so that it is not cleared away
     with pytest.raises(SystemExit):
-        main(["--task", "rte", "--student", "tiny", "--teacher", "api:http://127.0.0.1:9/v1", "--offline",
-              "--data-dir", str(folder / "data"), "--out", str(folder / "run"),
-              "--cache-dir", str(folder / "cache")])
+        main(completed("--task rte --student tiny --device cpu --offline "
+                       "--teacher api:http://127.0.0.1:9/v1 --cache-dir {folder}/cache", folder))
     assert "--offline" in capsys.readouterr().err
     assert (folder / "run/config.json").exists()
-    assert not any(b"sk-secret" in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    for path in folder.rglob("*"):
+        assert not path.is_file() or b"sk-secret" not in path.read_bytes()
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a small tmpfs")
 def test_a_disk_that_fills_up_leaves_the_previous_checkpoint_whole(tmp_path, capsys):
-    """On a file system of 14 MB the second checkpoint finds no room beside the first. With room, it goes on
-    from the first and ends as a run that never stopped."""
-    flags = ["--seeds", "0", "--arms", "armada", "--epochs", "2", "--eval-every", "1"]
+    """On a file system of 14 MB the second checkpoint finds no room beside the first. With room, it
+    goes on from the first and ends as a run that never stopped."""
+    flags = ["--seeds", "0", "--arms", "armada", "--epochs", "2", "--eval-every", "1",
+             "--device", "cpu"]
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", disk]
@@ -248,10 +317,13 @@ def test_a_disk_that_fills_up_leaves_the_previous_checkpoint_whole(tmp_path, cap
         with pytest.raises(SystemExit) as stop:
             main([*flags, "--out", str(disk / "run")])
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and "No space left" in error and error.count("\n") == 1
+        assert stop.value.code == 2
+        assert "No space left" in error
+        assert error.count("\n") == 1
         assert f"--resume {disk}/run" in error
-        student.load_student(disk / "run/armada/0/last")
-        saved = json.loads((disk / "run/armada/0/last/training.json").read_text())
+        last = disk / "run/armada/0/last"
+        student.load_student(last)
+        saved = json.loads((last / "training.json").read_text())
         assert saved["done"] == 8  # the steps of both roles in epoch 1
         subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
         main(["--resume", str(disk / "run")])

@@ -27,7 +27,7 @@ def as_rank(rank, port, work, arguments, result):
     to a file of its own."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    init_processes(Config())
+    init_processes(Config(device="cpu"))
     torch.save(work(*arguments), f"{result}{rank}")
     torch.distributed.barrier()
 

@@ -62,6 +62,13 @@ needs_pillow = pytest.mark.skipif(importlib.util.find_spec("PIL") is None,
                                   reason="pillow is optional: pip install pillow")
 
 
+@pytest.fixture(autouse=True)
+def teachers_on_the_cpu(monkeypatch):
+    """Vectors are compared with a CPU's, to more digits than a GPU's would agree. test_cuda.py has
+    what only a GPU shows."""
+    monkeypatch.setattr(teacher_module, "device_name", lambda: "cpu")
+
+
 # ---- the contract: every teacher, and bad ones ----
 
 class Offline(NamedTuple):
@@ -614,14 +621,38 @@ def npy(shape, kind="'<f4'", order="False", content=bytes(240)):
     header = f"{{'descr': {kind}, 'fortran_order': {order}, 'shape': {shape}}}\n".encode()
     return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + content
 
-@pytest.mark.parametrize("file", [
-    b"", b"\x93", b"\x93NUMPX" + bytes(90), b"PK\3\4" + bytes(90), b"PK\5\6" + bytes(18), npy("(6, 5)")[:40],
-    npy("(6, 5)", content=b""), npy("(10**12, 5)"), npy("(1000000000000, 5)"),
-    npy("(99999999999999999999, 5)"), npy("(-6, 5)"), npy("(True, 5)"), npy("(6L, -5L)"),
-    npy("(0, 5)"), npy("()"), npy("(6, 5", content=b""),
-    npy("(" * 9000), npy("-" * 9000 + "1"), npy("__import__('os').abort()"), npy("(6, 5)", "'|O'"),
-    npy("(6, 5)", "[('a', '<f4'), ('b\\n', '<f4')]"), npy("(6, 5)", "'<f99'"), npy("(6, 5)", "{'names': 1}"),
-    npy("(6, 5)", "'<c8'"), npy("(6, 5)", "'<M8[s]'"), npy("(6, 5)", order="True"), npy("(6, 5)", order="2")])
+NPY_FILES = {
+    "empty": b"",
+    "one byte": b"\x93",
+    "another magic": b"\x93NUMPX" + bytes(90),
+    "a zip file": b"PK\3\4" + bytes(90),
+    "an empty zip file": b"PK\5\6" + bytes(18),
+    "a cut header": npy("(6, 5)")[:40],
+    "no content": npy("(6, 5)", content=b""),
+    "a formula": npy("(10**12, 5)"),
+    "too many rows": npy("(1000000000000, 5)"),
+    "more rows than fit 64 bits": npy("(99999999999999999999, 5)"),
+    "fewer rows than none": npy("(-6, 5)"),
+    "true rows": npy("(True, 5)"),
+    "Python 2": npy("(6L, -5L)"),
+    "no rows": npy("(0, 5)"),
+    "a number": npy("()"),
+    "an open bracket": npy("(6, 5", content=b""),
+    "deep brackets": npy("(" * 9000),
+    "deep signs": npy("-" * 9000 + "1"),
+    "code": npy("__import__('os').abort()"),
+    "objects": npy("(6, 5)", "'|O'"),
+    "fields": npy("(6, 5)", "[('a', '<f4'), ('b\\n', '<f4')]"),
+    "99-byte floats": npy("(6, 5)", "'<f99'"),
+    "names": npy("(6, 5)", "{'names': 1}"),
+    "complex": npy("(6, 5)", "'<c8'"),
+    "dates": npy("(6, 5)", "'<M8[s]'"),
+    "column by column": npy("(6, 5)", order="True"),
+    "no order": npy("(6, 5)", order="2"),
+}
+
+
+@pytest.mark.parametrize("file", NPY_FILES.values(), ids=NPY_FILES)
 def test_a_numpy_file_of_any_sort_is_read_or_refused_in_one_line(tmp_path, file, capfd):
     (tmp_path / "train.npy").write_bytes(file)
     says = "train.npy (is no readable array|holds .*: expected floats, in C order)"
@@ -820,7 +851,7 @@ MODES = [
     ("F", struct.pack("=3f", -1, 0, 1), {}, grey(0, 127.5, 255)),
 ]
 
-@pytest.mark.parametrize("mode, content, info, colours", MODES)
+@pytest.mark.parametrize("mode, content, info, colours", MODES, ids=[mode for mode, *_ in MODES])
 def test_a_picture_of_any_mode_is_what_a_person_sees_on_white_paper(mode, content, info, colours):
     """Pillow's own conversion turns all 16-bit grey white and drops the transparency."""
     image = pytest.importorskip("PIL.Image", reason="pillow is optional: pip install pillow")
@@ -833,7 +864,7 @@ def test_every_mode_of_pillow_is_in_the_table_above_or_below():
     image = pytest.importorskip("PIL.Image", reason="pillow is optional: pip install pillow")
     assert set(image.MODES) <= {mode for mode, *_ in MODES} | {"P", "PA"}
 
-@pytest.mark.parametrize("transparency", [1, b"\xff\0"])
+@pytest.mark.parametrize("transparency", [1, b"\xff\0"], ids=["one colour", "a table"])
 def test_a_palette_may_be_transparent_too(transparency):
     image = pytest.importorskip("PIL.Image", reason="pillow is optional: pip install pillow")
     picture = image.frombytes("P", (2, 1), b"\0\1")
@@ -923,7 +954,7 @@ def test_a_manifest_line_that_leads_nowhere_is_named(pictures, line, says):
     with pytest.raises(UserError, match=says):
         build_teacher(f"images:{pictures}")
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe{"])
+@pytest.mark.parametrize("content", [None, b"\xff\xfe{"], ids=["a folder", "no text"])
 def test_a_manifest_that_is_a_folder_or_no_text_is_named(tmp_path, content):
     pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
     manifest = tmp_path / "manifest.jsonl"
@@ -1017,6 +1048,68 @@ def test_stable_diffusion_draws_the_noise_of_a_text_from_the_text_itself(
     """To this tokenizer both are the same unknown word: only their seeds tell them apart."""
     first, second = build_teacher(f"stable-diffusion:{diffusion_folder}").encode(["qqq", "www"])
     assert (first != second).any()
+
+
+def test_a_scheduler_that_was_used_changes_no_vector(diffusion_folder, quick_recipe, monkeypatch):
+    """On a GPU image to image moves the scheduler's table of noise levels there, where a picture
+    in float16 reads them in float16. Here the table is rounded where it would be moved."""
+    diffusers = pytest.importorskip("diffusers")
+    add_noise = diffusers.PNDMScheduler.add_noise
+    moved = []
+
+    def add_noise_on_a_gpu(scheduler, *args):
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.half().float()
+        moved.append(scheduler)
+        return add_noise(scheduler, *args)
+
+    monkeypatch.setattr(diffusers.PNDMScheduler, "add_noise", add_noise_on_a_gpu)
+    teacher = build_teacher(f"stable-diffusion:{diffusion_folder}")
+    first = teacher.encode(["a mouse"])
+    assert len(moved) == 1
+    np.testing.assert_array_equal(teacher.encode(["a piano", "a mouse"])[1], first[0])
+
+
+def arithmetic():
+    """What a program may have chosen, and fixed_arithmetic() sets aside."""
+    cudnn = torch.backends.cudnn
+    return torch.get_float32_matmul_precision(), cudnn.benchmark, cudnn.deterministic
+
+
+@pytest.fixture
+def fast_arithmetic(monkeypatch):
+    """The choices of a program that wants speed, until the test ends."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    yield arithmetic()
+    torch.set_float32_matmul_precision(before)
+
+
+@needs_pillow
+@pytest.mark.parametrize("spec, encoder", [
+    ("clip:{clip}", None), ("images:{pictures}", "clip:{clip}"),
+    ("stable-diffusion:{diffusion}", None), ("stable-diffusion:{diffusion}", "vae:{diffusion}/vae"),
+])
+def test_every_model_computes_in_one_way_and_leaves_the_program_its_own(
+        spec, encoder, clip_folder, diffusion_folder, pictures, quick_recipe, fast_arithmetic):
+    """train.py allows TF32, which would make another vector than teacher.py did for the cache."""
+    folders = {"clip": clip_folder, "diffusion": diffusion_folder, "pictures": pictures}
+    if encoder:
+        encoder = encoder.format(**folders)
+    teacher = build_teacher(spec.format(**folders), encoder)
+    seen = []
+
+    class Noting(torch.utils._python_dispatch.TorchDispatchMode):
+        """Notes the arithmetic of every matrix product and convolution."""
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if any(part in str(function) for part in ("mm", "convolution")):
+                seen.append(arithmetic())
+            return function(*args, **(kwargs or {}))
+
+    with Noting():
+        teacher.encode(["a"])
+    assert set(seen) == {("highest", False, True)}
+    assert arithmetic() == fast_arithmetic
 
 
 def spy(pipe, calls):
@@ -1167,19 +1260,33 @@ def test_a_data_url_is_the_picture_itself(api, field, prefix):
         request, json.dumps({"data": [{field: encoded, "revised_prompt": "b"}]}).encode())))
     assert (teacher.encode(["a"])[0] == teacher.see(coloured(1)).astype(np.float32)).all()
 
-@pytest.mark.parametrize("answer, says", [
-    (b'{"error": {"message":\n "your credit is used up"}}', "your credit is used up"),
-    (b'{"data": []}', "data"), (b'{"data": [{}]}', "data"), (b"[1]", "1"), (b"5", "5"), (b"null", "null"),
-    (b"", "empty"), (b'{"data": [{"url": 5}]}', "5"), (b'{"data": [{"url": null}]}', "null"),
-    (b'{"data": [{"url": ["http://a"]}]}', "http://a"), (b'{"data": [{"b64_json": 7}]}', "7"),
-    (b'{"data": [{"url": "", "b64_json": null}]}', "null"), (b'{"data": [{"url": "data:,words"}]}', "words"),
-    (b'{"data": [{"b64_json": "bm8gcGljdHVyZQ=="}]}', "bm8g"),
-    (b'{"data": [{"url": "data:"}]}', "data:"), (b"[" * 100_000, r"\[\[\["),
-    (b"<h1>be back soon</h1>", "be back soon"),
-    (b"9" * 5000, "999"), (in_base64("", b"\x89PNG\r\n\x1a\n half of one"), "b64_json"),
-    (f'{{"error": "{"a" * 280} no such key {KEY}"}}'.encode(), "aaa"),
-    (f'{{"error": "{KEY} is no key"}}'.encode(), r"\*\*\* is no key"),
-    (b"\x1b[2J\xff\xfe", "2J")])
+NO_PICTURES = {  # what is wrong with an answer: (the answer, what is told of it)
+    "an error": (b'{"error": {"message":\n "your credit is used up"}}', "your credit is used up"),
+    "no pictures": (b'{"data": []}', "data"),
+    "an empty picture": (b'{"data": [{}]}', "data"),
+    "a list": (b"[1]", "1"),
+    "a number": (b"5", "5"),
+    "null": (b"null", "null"),
+    "nothing": (b"", "empty"),
+    "a number for an address": (b'{"data": [{"url": 5}]}', "5"),
+    "null for an address": (b'{"data": [{"url": null}]}', "null"),
+    "a list of addresses": (b'{"data": [{"url": ["http://a"]}]}', "http://a"),
+    "a number for a picture": (b'{"data": [{"b64_json": 7}]}', "7"),
+    "neither": (b'{"data": [{"url": "", "b64_json": null}]}', "null"),
+    "a data URL of words": (b'{"data": [{"url": "data:,words"}]}', "words"),
+    "words in base64": (b'{"data": [{"b64_json": "bm8gcGljdHVyZQ=="}]}', "bm8g"),
+    "an empty data URL": (b'{"data": [{"url": "data:"}]}', "data:"),
+    "nested too deeply": (b"[" * 100_000, r"\[\[\["),
+    "a page": (b"<h1>be back soon</h1>", "be back soon"),
+    "a long number": (b"9" * 5000, "999"),
+    "half a picture": (in_base64("", b"\x89PNG\r\n\x1a\n half of one"), "b64_json"),
+    "the key, far behind": (f'{{"error": "{"a" * 280} no such key {KEY}"}}'.encode(), "aaa"),
+    "the key": (f'{{"error": "{KEY} is no key"}}'.encode(), r"\*\*\* is no key"),
+    "what a terminal obeys": (b"\x1b[2J\xff\xfe", "2J"),
+}
+
+
+@pytest.mark.parametrize("answer, says", NO_PICTURES.values(), ids=NO_PICTURES)
 def test_a_complete_answer_that_holds_no_picture_is_told_at_once_in_the_servers_words(api, answer, says):
     """It was paid for: to ask again would be to pay again."""
     pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
