@@ -311,7 +311,7 @@ class Student(StudentModel):
         bar = tqdm(total=len(rows), desc="generating", leave=False, disable=None)
         as_written = nullcontext()
         if self.compiled:
-            # Keys and values that grow, and maps that are merged, would be compiled again and again.
+            # Keys and values that grow, and merged maps, would be compiled again and again.
             as_written = torch.compiler.set_stance("force_eager")
         with self.merged_for_now(), self.evaluation_mode(), as_written, bar:
             # Padded on the left: what follows must stand next to its prompt. Positions follow

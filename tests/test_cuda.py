@@ -19,6 +19,7 @@ from teacher import build_teacher
 from tests.conftest import family_config, write_reasoning
 from tests.test_plan import TOKENIZER, VOCABULARY, planned, sized, train_for
 from tests.test_teacher import clip_folder, diffusion_folder, quick_recipe  # noqa: F401, fixtures
+from tests.test_train import switch_dropout_off
 from train import ARMS, Cell, Config, Data, resolve, train, update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -117,8 +118,7 @@ def test_no_step_waits_for_the_gpu(generates, amp, tmp_path, causal_folder):
 def test_compiled_blocks_give_the_same_losses(amp, tmp_path, monkeypatch):
     """Within mixed precision's tolerance. Dropout, off here, draws other numbers when compiled."""
     needs(amp)
-    train_mode = torch.nn.Module.train
-    monkeypatch.setattr(torch.nn.Module, "train", lambda module, mode=True: train_mode(module, False))
+    switch_dropout_off(monkeypatch)
     losses = {}
     for compiles in (False, True):
         (tmp_path / str(compiles)).mkdir()

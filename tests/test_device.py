@@ -12,7 +12,7 @@ import transformers
 import student as student_module
 import train as training
 from data import UserError
-from student import Student, _tiny, precision, send
+from student import Student, _tiny, build_student, precision, send
 from tests.conftest import FAMILIES, REASONING, TEXTS, family_config, write_reasoning
 from tests.test_train import (QUICK, assert_identical, cell_of, copy_of, lines, switch_dropout_off,
                               weights)
@@ -131,7 +131,8 @@ def test_the_rehearsal_runs_the_longest_texts_and_changes_nothing(tmp_path, monk
     assert_identical(weights(tmp_path / "rehearsed/last"), weights(tmp_path / "plain/last"))
 
 
-def test_out_of_memory_is_one_line_with_flags_that_fit(tmp_path, monkeypatch, capsys, causal_folder):
+def test_out_of_memory_is_one_line_with_flags_that_fit(
+        tmp_path, monkeypatch, capsys, causal_folder):
     """They are --plan's, for the memory of the card that is there."""
     flags = ["--task=reason/arc_e", "--data-dir", write_reasoning(tmp_path),
              "--student", causal_folder(), "--lora=0", "--teacher=painter", "--device=cpu",
@@ -269,6 +270,23 @@ def test_compiled_blocks_train_and_score_to_the_same_losses(tmp_path, monkeypatc
             torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_a_compiled_student_generates_what_it_would_without_and_compiles_nothing_for_it(
+        causal_folder):
+    """Each new token makes the kept keys and values longer by one."""
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    student = build_student(causal_folder(), 2, 16, vocabulary=(5, 6), max_new_tokens=8, lora=2)
+    rows = [{"input_ids": [*range(5, 5 + length)]} for length in (3, 9)]
+    plain = student.generate(rows)
+    for block in student.layers():
+        block.compile(dynamic=True)  # when it is called first
+    student.compiled = True
+    counters.clear()
+    assert student.generate(rows) == plain
+    assert not counters["stats"]
+
+
 def test_without_a_compiler_compile_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     from torch._inductor import cpp_builder
 
@@ -280,7 +298,8 @@ def test_without_a_compiler_compile_is_refused_in_one_line(tmp_path, monkeypatch
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", no_compiler)
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     with pytest.raises(SystemExit) as stop:
-        main(["--task=objects", "--limit=8", "--epochs=1", "--compile", f"--out={tmp_path / 'run'}"])
+        main(["--task=objects", "--limit=8", "--epochs=1", "--compile",
+              f"--out={tmp_path / 'run'}"])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "--compile: bert cannot be compiled here" in error
