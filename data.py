@@ -198,7 +198,7 @@ TASKS["say/objects"] = TASKS["objects"]._replace(
     label_column="answer",
     defaults={
         **TASKS["objects"].defaults, **GENERATION, "max_length": 32, "max_new_tokens": 8,
-        "eval_every": 40, "arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"},
+        "arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"},
 )
 
 # The minus sign, and the hyphens and the short dash that are typed or printed for it.
@@ -701,8 +701,8 @@ def say_example(example):
     """Return an example of `objects` as one of `say/objects`, "true , the lorry is bigger"."""
     answer = TRUTH[example.label]
     words = re.findall(r"\w+", example.fields["text"])
-    named = [word for word in words if word in OBJECTS]
-    bigger = max(named, key=lambda name: OBJECTS[name][0])
+    size = {word: OBJECTS[word][0] for word in words if word in OBJECTS}
+    bigger = max(size, key=size.get)
     return example._replace(
         label=(answer,), where=f"say/{example.where}", output=f"{answer} , the {bigger} is bigger")
 
