@@ -189,13 +189,13 @@ register_generation(
     label_column="output",
 )
 
-# The questions of `objects`, answered in words by a decoder.
+# The questions of `objects`, answered in words by a decoder. Its bags are those of whole outputs,
+# not of "true" or "false" alone: a picture also tells which object is the bigger one.
 TASKS["say/objects"] = TASKS["objects"]._replace(
     name="say/objects",
     labels=(),
     kind="generate",
     metrics=("accuracy", "answered"),
-    label_column="answer",
     defaults={
         **TASKS["objects"].defaults, **GENERATION, "max_length": 32, "max_new_tokens": 8,
         "arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"},
@@ -337,9 +337,9 @@ def append_output(row, output, tokenizer, max_new_tokens):
 def answer_bags(task, examples, tokenizer):
     """Return the token ids of each example's label, [[...], ...].
 
-    They are those of its answer, where the task has one, else of the whole output. The answer is
-    looked up IN the output, since " answer2" and "answer2" are other tokens; if it is not there,
-    the bag is empty and asks for nothing.
+    They are those of its answer, where the files have a column for one, else of the whole output.
+    The answer is looked up IN the output, since " answer2" and "answer2" are other tokens; if it
+    is not there, the bag is empty and asks for nothing.
     """
     bags = []
     for example in examples:

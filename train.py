@@ -232,7 +232,8 @@ class Config:
     None means "it depends" and is filled in by resolve().
     """
     task: str = option(
-        None, "Task to learn: objects (built in), rte ..., reason/arc_e ..., instruct/dolly ...")
+        None, "Task to learn: objects or say/objects (built in), rte ..., reason/arc_e ..., "
+        "instruct/dolly ...")
     student: str = option(
         None, "Student to train: a short name such as opt-1.3b, a hub id, a local folder, or tiny.")
     teacher: str = option(

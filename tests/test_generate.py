@@ -22,8 +22,8 @@ from tokenizers import processors
 import eval as evaluation
 import train as training
 from align import Outputs
-from data import (ALPACA, OBJECTS, TASKS, Example, UserError, answer_bags, answer_vocabulary,
-                  bag_labels, collate, encode, load_task)
+from data import (ALPACA, OBJECTS, TASKS, Example, UserError, answer_bags, answer_span,
+                  answer_vocabulary, bag_labels, collate, encode, load_task)
 from eval import compute_metrics, extract_answer, rouge_l
 from losses import answer_losses, output_kl, output_loss, student_loss, task_loss
 from student import AnswerOutputs, LoRA, add_lora, build_student, load_student
@@ -890,6 +890,8 @@ def test_say_objects_asks_what_objects_asks_and_names_the_bigger_one():
             assert example.output == f"{answer} , the {bigger} is bigger"
             assert example.label == (answer,)
             assert extract_answer(example.output, answer) == answer
+            # The label is a part of the output, the bag is all of it: so is what a picture can tell.
+            assert answer_span(SAY, example) == (0, len(example.output))
             # No frame around the question: the teacher draws the very text that objects has.
             assert SAY.prompt(example) == TASKS["objects"].prompt(question)
 
