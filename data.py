@@ -197,7 +197,7 @@ TASKS["say/objects"] = TASKS["objects"]._replace(
     kind="generate",
     metrics=("accuracy", "answered"),
     defaults={
-        **TASKS["objects"].defaults, **GENERATION, "max_length": 32, "max_new_tokens": 8,
+        **TASKS["objects"].defaults, **GENERATION, "max_length": 64, "max_new_tokens": 16,
         "arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"},
 )
 

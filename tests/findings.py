@@ -8,6 +8,7 @@
     python -m tests.findings generations RUN # scores before and after training, ten answers
     python -m tests.findings bags DATA MODEL # how well frequencies alone predict answers' bags
     python -m tests.findings tune            # the grid behind the defaults of `objects`: 15 min
+    python -m tests.findings tune-say        # bags and soft labels of `say/objects`: 8 min
 
 They are started by hand, and no test runs them. DATA is a --data-dir, RUN a folder of train.py.
 """
@@ -25,8 +26,9 @@ import numpy as np
 import torch
 import transformers
 
+import train as training
 from data import TASKS, answer_bags, answer_vocabulary, bag_labels, load_task
-from losses import task_loss
+from losses import student_loss, task_loss
 from teacher import build_teacher
 from train import Config, train
 
@@ -143,15 +145,14 @@ def bert_config(initializer_range):
     return make
 
 
-def accuracies_on_test(arm, lr, beta):
-    """The `objects` test accuracy in % of each of TUNING_SEEDS, which no table of ours uses."""
+def accuracy_on_test(arm, **flags):
+    """Mean and deviation over TUNING_SEEDS, which no table of ours uses, of test accuracy in %."""
     silence = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as out, silence:
-        config = Config(
-            arms=(arm,), seeds=TUNING_SEEDS, lr=lr, beta=beta, eval_every=40, out=out
-        )
+        config = Config(arms=(arm,), seeds=TUNING_SEEDS, eval_every=40, out=out, **flags)
         by_seed = train(config)[arm]
-    return [100 * metrics["test"]["accuracy"] for metrics in by_seed.values()]
+    values = [100 * metrics["test"]["accuracy"] for metrics in by_seed.values()]
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 
 
 def tune():
@@ -161,10 +162,54 @@ def tune():
         with patch.object(transformers, "BertConfig", bert_config(init)):
             for lr in (1e-3, 2e-3, 4e-3, 8e-3):
                 for arm, beta in TUNING_ARMS:
-                    values = accuracies_on_test(arm, lr, beta)
                     setting = f"init {init:<4} lr {lr:.0e} beta {beta:<4} {arm:<12}"
-                    spread = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-                    print(setting, spread, flush=True)
+                    print(setting, accuracy_on_test(arm, lr=lr, beta=beta), flush=True)
+
+
+def bags_of_answers(task, examples, tokenizer):
+    """answer_bags of "true" or "false" alone."""
+    return answer_bags(task._replace(label_column="answer"), examples, tokenizer)
+
+
+def bags_that_differ(task, examples, tokenizer):
+    """answer_bags without the tokens that stand in every answer."""
+    bags = answer_bags(task, examples, tokenizer)
+    shared = set.intersection(*map(set, bags))
+    return [[token for token in bag if token not in shared] for bag in bags]
+
+
+def auxiliary_alone(student_out, aligner_out, *args, **weights):
+    """student_loss without the soft labels of the main head: o_s is compared with itself."""
+    aligner_out = aligner_out._replace(logits=student_out.logits)
+    return student_loss(student_out, aligner_out, *args, **weights)
+
+
+def tune_say():
+    """Print accuracies on `say/objects` over bags, soft labels, T and beta: 17 lines, 85 cells."""
+    torch.set_num_threads(1)
+    bags = {"whole output": answer_bags, "what differs": bags_that_differ,
+            "answer alone": bags_of_answers}
+    settings = [  # (arm, flags)
+        ("undistilled", {}),
+        ("no-output", {}),
+        ("armada", {}),
+        ("armada", {"alpha": 0.2}),
+        ("armada", {"alpha": 0.0}),
+    ]
+    more = [("armada", {"temperature": 5.0}), ("armada", {"beta": 5.0}), ("armada", {"beta": 50.0})]
+    for name, make_bags in bags.items():
+        with patch.object(training, "answer_bags", make_bags):
+            for arm, flags in settings + more * (name == "whole output"):
+                print_say(name, arm, flags)
+    with patch.object(training, "student_loss", auxiliary_alone):
+        print_say("whole output", "armada", {}, "soft labels of the auxiliary head alone")
+
+
+def print_say(bag, arm, flags, note=""):
+    """Print one line of tune_say()."""
+    told = ", ".join(f"{name} {value}" for name, value in flags.items()) or note
+    accuracy = accuracy_on_test(arm, task="say/objects", **flags)
+    print(f"bag: {bag:<12}  {arm:<11}  {told:<39}  {accuracy}", flush=True)
 
 
 def costs(data_dir):
@@ -251,6 +296,7 @@ COMMANDS = {
     "generations": generations,
     "bags": bags,
     "tune": tune,
+    "tune-say": tune_say,
 }
 
 

@@ -980,7 +980,7 @@ def test_tiny_generates_from_built_in_words_alone(config, capsys):
     training.main(["--task", "say/objects", "--plan"])
     told = capsys.readouterr().out
     assert "plan: say/objects, student tiny, teacher painter" in told
-    assert "32 tokens each, 8 of them an answer's" in told
+    assert "64 tokens each, 16 of them an answer's" in told
 
 
 def test_verdicts_of_a_built_in_task_are_those_of_dev(tmp_path):
