@@ -890,7 +890,7 @@ def test_say_objects_asks_what_objects_asks_and_names_the_bigger_one():
             assert example.output == f"{answer} , the {bigger} is bigger"
             assert example.label == (answer,)
             assert extract_answer(example.output, answer) == answer
-            # The label is a part of the output, the bag is all of it: so is what a picture can tell.
+            # The label is a part of the output, its bag is all of it.
             assert answer_span(SAY, example) == (0, len(example.output))
             # No frame around the question: the teacher draws the very text that objects has.
             assert SAY.prompt(example) == TASKS["objects"].prompt(question)
