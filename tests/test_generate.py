@@ -26,7 +26,7 @@ from data import (ALPACA, OBJECTS, TASKS, Example, UserError, answer_bags, answe
                   answer_vocabulary, bag_labels, collate, encode, load_task)
 from eval import compute_metrics, extract_answer, rouge_l
 from losses import answer_losses, output_kl, output_loss, student_loss, task_loss
-from student import AnswerOutputs, LoRA, add_lora, build_student, load_student
+from student import AnswerOutputs, LoRA, add_lora, build_student, load_student, tiny_tokenizer
 from tests.conftest import REASONING, write_reasoning
 from train import Cell, Config, resolve, train
 
@@ -923,6 +923,7 @@ def test_tiny_that_generates_reads_left_to_right_and_writes_its_words_back():
         ids = made.tokenizer(text)["input_ids"]
         assert len(ids) == len(re.findall(r"\w+|[^\w\s]", text))
         assert made.tokenizer.eos_token_id not in ids
+    assert made.tokenizer("unheard")["input_ids"] != [made.tokenizer.eos_token_id]
     rows, _ = encode(SAY, load_task("say/objects")["train"][:1], made.tokenizer, 32, True, 8)
     assert rows[0]["input_ids"][-1] == made.tokenizer.eos_token_id
     assert made.tokenizer.decode(made.tokenizer(texts[0])["input_ids"]) == texts[0]
@@ -980,6 +981,11 @@ def test_tiny_generates_from_built_in_words_alone(config, capsys):
     training.main(["--task", "say/objects", "--plan"])
     told = capsys.readouterr().out
     assert "plan: say/objects, student tiny, teacher painter" in told
+    limit = resolve(Config(task="say/objects")).limit
+    texts = training.tiny_texts(SAY, load_task("say/objects")["train"][:limit])
+    words = tiny_tokenizer(texts, True)
+    made = build_student("tiny", len(words), 1024, texts, vocabulary=range(len(words)))
+    assert f"parameters: {training.count_parameters(made):,}, " in told
     assert "64 tokens each, 16 of them an answer's" in told
 
 
