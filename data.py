@@ -198,7 +198,7 @@ TASKS["say/objects"] = TASKS["objects"]._replace(
     metrics=("accuracy", "answered"),
     defaults={
         **TASKS["objects"].defaults, **GENERATION, "max_length": 64, "max_new_tokens": 16,
-        "arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"},
+        "eval_every": 20, "arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"},
 )
 
 # The minus sign, and the hyphens and the short dash that are typed or printed for it.

@@ -904,7 +904,7 @@ def test_say_objects_is_the_demonstration_of_generation_at_temperature_1():
     assert say.arms == ("undistilled", "armada", "shuffled")
     assert say.seeds == tuple(range(7))
     assert (say.student, say.teacher, say.lora) == ("tiny", "painter", 0)
-    for name in ("lr", "epochs", "beta", "alpha", "gamma", "eval_every", "limit"):
+    for name in ("lr", "epochs", "beta", "alpha", "gamma", "limit"):
         assert getattr(say, name) == getattr(objects, name), name
     assert resolve(Config(task="say/objects", lora=0)).lr == objects.lr  # which was no LoRA's
     for task in TASKS.values():
