@@ -56,6 +56,7 @@ class Task(NamedTuple):
     header: tuple = ()              # columns of a train or dev file without a header line
     rows: tuple = ()                # official number of train and dev rows
     files: tuple = ()               # for generation: possible training files, then the scored one
+    frame: tuple = ()               # prompts without and with an input; () is the texts alone
     defaults: dict = {}             # overrides of train.Config
 
     @property
@@ -73,9 +74,9 @@ class Task(NamedTuple):
 
     def prompt(self, example):
         """Return all of the example's text in one string: what the teacher and a decoder read."""
-        if self.kind == "generate":
+        if self.frame:
             has_input = bool(example.fields["input"])
-            return ALPACA[has_input].format(**example.fields)
+            return self.frame[has_input].format(**example.fields)
         return "\n".join(filter(None, self.pair(example)))
 
 
@@ -135,6 +136,11 @@ ALPACA = (
 )
 
 
+# What all tasks that generate override in train.Config. A bag of tokens that is flattened at T = 5
+# is nearly the same for every text, and T^2 = 25 of its KL drowns the language model.
+GENERATION = {"temperature": 1.0}
+
+
 def register_generation(group, root, names, files, metrics, label_column="answer", **defaults):
     """Add the generation tasks of one group to TASKS.
 
@@ -144,7 +150,8 @@ def register_generation(group, root, names, files, metrics, label_column="answer
     defaults: what these tasks override in train.Config, beyond what all generation tasks do.
     """
     # 3e-4 is LLM-Adapters' for LoRA: 2e-5 would hardly move adapters that start at zero.
-    shared = {"student": "llama-7b", "lora": 8, "epochs": 3, "lr": 3e-4, "max_length": 512}
+    shared = {"student": "llama-7b", "lora": 8, "epochs": 3, "lr": 3e-4, "max_length": 512,
+              **GENERATION}
     for entry in names.split():
         name, _, folder = entry.partition(":")
         TASKS[f"{group}/{name}"] = Task(
@@ -156,6 +163,7 @@ def register_generation(group, root, names, files, metrics, label_column="answer
             metrics=metrics,
             label_column=label_column,
             files=files,
+            frame=ALPACA,
             defaults={**shared, **defaults},
         )
 
@@ -179,6 +187,18 @@ register_generation(
     files=("dolly/train.jsonl", "valid.jsonl"),
     metrics=("rouge_l", "rouge_l_unstemmed"),
     label_column="output",
+)
+
+# The questions of `objects`, answered in words by a decoder. Its bags are those of whole outputs,
+# not of "true" or "false" alone: a picture also tells which object is the bigger one.
+TASKS["say/objects"] = TASKS["objects"]._replace(
+    name="say/objects",
+    labels=(),
+    kind="generate",
+    metrics=("accuracy", "answered"),
+    defaults={
+        **TASKS["objects"].defaults, **GENERATION, "max_length": 64, "max_new_tokens": 16,
+        "eval_every": 20, "arms": "undistilled,armada,shuffled", "seeds": "0,1,2,3,4,5,6"},
 )
 
 # The minus sign, and the hyphens and the short dash that are typed or printed for it.
@@ -317,9 +337,9 @@ def append_output(row, output, tokenizer, max_new_tokens):
 def answer_bags(task, examples, tokenizer):
     """Return the token ids of each example's label, [[...], ...].
 
-    They are those of its answer, where the task has one, else of the whole output. The answer is
-    looked up IN the output, since " answer2" and "answer2" are other tokens; if it is not there,
-    the bag is empty and asks for nothing.
+    They are those of its answer, where the files have a column for one, else of the whole output.
+    The answer is looked up IN the output, since " answer2" and "answer2" are other tokens; if it
+    is not there, the bag is empty and asks for nothing.
     """
     bags = []
     for example in examples:
@@ -667,6 +687,31 @@ def make_object_pairs():
     return {"train": examples[:120], "dev": examples[120:620], "test": examples[620:]}
 
 
+def say_object_pairs():
+    """Return the pairs of make_object_pairs(), each with an answer in words to learn.
+
+    It says "true" or "false", which is the label, then which of the two objects is the bigger one.
+    """
+    splits = make_object_pairs()
+    for split, examples in splits.items():
+        splits[split] = [say_example(example) for example in examples]
+    return splits
+
+
+def say_example(example):
+    """Return an example of `objects` as one of `say/objects`, "true , the lorry is bigger"."""
+    answer = TRUTH[example.label]
+    words = re.findall(r"\w+", example.fields["text"])
+    size = {word: OBJECTS[word][0] for word in words if word in OBJECTS}
+    bigger = max(size, key=size.get)
+    return example._replace(
+        label=(answer,), where=f"say/{example.where}", output=f"{answer} , the {bigger} is bigger")
+
+
+# The tasks that are made here, of no files.
+BUILT_IN = {"objects": make_object_pairs, "say/objects": say_object_pairs}
+
+
 # ---- readers of the official files ----
 
 REFETCH = "the file may be cut; fetch it again"
@@ -680,8 +725,8 @@ def load_task(name, data_dir=None, cache_dir=CACHE):
     Raises UserError naming file and line.
     """
     task = find_task(name)
-    if task.name == "objects":
-        return make_object_pairs()
+    if task.name in BUILT_IN:
+        return BUILT_IN[task.name]()
     if data_dir:
         root = Path(data_dir)
     else:

@@ -876,8 +876,8 @@ def report(cells, save=True):
     runs = list(by_run(cells))
     for run, task, arms in runs:
         metric = headline(task, arms)
-        # Where a task generates, dev is part of a training file of several tasks, test its own.
-        split = "test" if task.kind == "generate" else "dev"
+        # Where several tasks share a training file, dev is a part of that, and test is their own.
+        split = "test" if task.files else "dev"
         scores, controls = scores_to_compare(arms, split, metric)
         compared = compare(scores, controls)
         of_run = f"{run}: " if len(runs) > 1 else ""

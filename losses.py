@@ -166,7 +166,7 @@ def aligner_loss(aligner_out, labels, gamma):
 
 def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temperature, kind,
                  output_factor=1, answer_loss=None):
-    """L_S = (1 - alpha) L_task + alpha L_output + beta L_manifold, where
+    """L_S = (1 - alpha) L_task + alpha L_output + beta L_manifold [+ answer_loss], where
         L_task      = task(o_s, y) + gamma task(a_s, y)            task_loss
         L_output    = head(o_t, o_s) + gamma head(a_t, a_s)        output_loss
         L_manifold    compares p_t with p_s                        manifold_loss
@@ -174,15 +174,12 @@ def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temper
     The aligner's are detached: a student does not teach its teacher. With aligner_out None, "no
     teacher", L_output and L_manifold are 0. output_factor multiplies L_output: 0 drops the soft
     labels and leaves L_task at 1 - alpha. A generation task gives answer_loss, the answers' cross
-    entropy: it is added to L_task, and `head` is output_kl. Returns (total, parts): parts maps
-    task, output, manifold to 0-dim tensors, before their weights."""
+    entropy (0-dim), and its `head` is output_kl. Returns (total, parts): parts maps task, output,
+    manifold, and answer of a generation task, to 0-dim tensors, before their weights."""
     o_s = student_out.logits      # (B, C)
     a_s = student_out.aux_logits  # (B, C)
     task = task_loss(o_s, labels) + gamma * task_loss(a_s, labels)
-    head_loss = output_loss
-    if answer_loss is not None:
-        task = task + answer_loss
-        head_loss = output_kl
+    head_loss = output_loss if answer_loss is None else output_kl
     output = torch.zeros_like(task)
     manifold = torch.zeros_like(task)
     if aligner_out is not None:
@@ -192,7 +189,12 @@ def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temper
         output = head_loss(o_t, o_s, temperature) + gamma * head_loss(a_t, a_s, temperature)
         manifold = manifold_loss(p_t, student_out.proj, kind)
     total = (1 - alpha) * task + alpha * output_factor * output + beta * manifold
-    return total, {"task": task, "output": output, "manifold": manifold}
+    parts = {"task": task, "output": output, "manifold": manifold}
+    if answer_loss is not None:
+        # It keeps its full weight: it alone teaches how to write, which no soft label takes over.
+        total = total + answer_loss
+        parts["answer"] = answer_loss
+    return total, parts
 
 
 def predictions(logits):

@@ -592,7 +592,7 @@ def build_student(name_or_path, num_labels, proj_dim, texts=None, **settings):
     from `texts`. settings: dropout, orthogonal, labels (names for predict), max_length, vocabulary
     (for generation), max_new_tokens and lora (rank), as in StudentModel."""
     if name_or_path == "tiny":
-        lm, tokenizer = _tiny(texts)
+        lm, tokenizer = _tiny(texts, generates=bool(settings.get("vocabulary")))
     else:
         lm, tokenizer = load_pretrained(name_or_path, _model_class(settings.get("vocabulary")))
     base = name_or_path
@@ -644,32 +644,47 @@ def _model_class(vocabulary):
     return transformers.AutoModelForCausalLM if vocabulary else transformers.AutoModel
 
 
-def _tiny(texts):
-    """Make (model, tokenizer) without files: a two-layer BERT with random weights, and a word-level
-    tokenizer over the words of `texts`."""
+def _tiny(texts, generates=False):
+    """Make (model, tokenizer) without files: a two-layer BERT with random weights, or, to generate,
+    a LLaMA, and a word-level tokenizer over the words of `texts`."""
+    tokenizer = tiny_tokenizer(texts, generates)
+    # initializer_range: BERT's own .02 suits 768 columns; at 64 it starts so flat that some seeds
+    # never leave the plateau.
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2,
+                 num_attention_heads=4, intermediate_size=128, initializer_range=0.05)
+    if not generates:
+        return transformers.BertModel(transformers.BertConfig(**sizes)), tokenizer
+    config = transformers.LlamaConfig(
+        **sizes, max_position_embeddings=tokenizer.model_max_length, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return transformers.LlamaForCausalLM(config), tokenizer
+
+
+def tiny_tokenizer(texts, generates):
+    """Make tiny's tokenizer: a token for each word or group of signs in `texts`, in lower case."""
     if not texts:
         raise UserError("student tiny makes its vocabulary from texts: "
                         "build_student(..., texts=[...])")
     words = set()
     for text in texts:
         words.update(re.findall(r"\w+|[^\w\s]+", text.lower()))
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(words)]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    if generates:
+        special = ["[PAD]", "[UNK]", "[END]"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(words)])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()  # the same \w+|[^\w\s]+
+    common = dict(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]",
+                  model_max_length=512)
+    if generates:
+        return transformers.PreTrainedTokenizerFast(
+            **common, eos_token="[END]", model_input_names=["input_ids", "attention_mask"])
     # Without it there is no [CLS] to pool.
     backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", model_max_length=512,
+    return transformers.PreTrainedTokenizerFast(
+        **common, cls_token="[CLS]", sep_token="[SEP]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"])
-    # BERT's own .02 suits 768 columns; at 64 it starts so flat that some seeds never leave the
-    # plateau.
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=128, initializer_range=0.05)
-    return transformers.BertModel(config), tokenizer
 
 
 def load_pretrained(name, model_class=transformers.AutoModel, weights=True, is_whole=False):

@@ -34,7 +34,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import (CACHE, Parser, UserError, answer_bags, answer_vocabulary, bag_labels,
+from data import (BUILT_IN, CACHE, Parser, UserError, answer_bags, answer_vocabulary, bag_labels,
                   check_available, encode, exit_with_message, find_task, known,
                   length_grouped_batches, load_task, prepare_console, read_json, seed_of)
 from teacher import ENCODERS, TEACHERS, build_teacher, open_vectors, split_spec
@@ -241,7 +241,8 @@ class Config:
     None means "it depends" and is filled in by resolve().
     """
     task: str = option(
-        None, "Task to learn: objects (built in), rte ..., reason/arc_e ..., instruct/dolly ...")
+        None, "Task to learn: objects or say/objects (built in), rte ..., reason/arc_e ..., "
+        "instruct/dolly ...")
     student: str = option(
         None, "Student to train: a short name such as opt-1.3b, a hub id, a local folder, or tiny.")
     teacher: str = option(
@@ -276,7 +277,7 @@ class Config:
     gamma: float = option(
         1.0, "Weight of the auxiliary heads in the task and output losses.", low=0)
     temperature: float = option(
-        5.0, "Temperature T that flattens the soft labels.", above=0)
+        None, "Temperature T that flattens the soft labels.", above=0)
     output_factor: float = option(
         1.0, "Factor of the soft-label term alone; 0 drops the term.", low=0)
     pairing: str = option(
@@ -395,9 +396,10 @@ DEFAULTS = {
         **{option_field.name: option_field.default for option_field in fields(Config)
            if option_field.default},
         "student": "bert-base", "teacher": "clip", "arms": "armada", "seeds": "0", "beta": 1.0,
-        "epochs": 10, "lr": 2e-5, "eval_every": 1, "max_length": 128, "max_new_tokens": 256,
-        "lora": 0},
+        "temperature": 5.0, "epochs": 10, "lr": 2e-5, "eval_every": 1, "max_length": 128,
+        "max_new_tokens": 256, "lora": 0},
     "For objects": find_task("objects").defaults,
+    "For say/objects": find_task("say/objects").defaults,
     "For llama-...": {"lora": 8, "epochs": 3},
     "For reason/... and instruct/...": find_task("instruct/dolly").defaults,
     "For commonsense": {"max_new_tokens": find_task("reason/boolq").defaults["max_new_tokens"]},
@@ -441,8 +443,8 @@ def fill_defaults(config):
     defaults = {**DEFAULTS["Default"], **task.defaults}
     if str(config.student).startswith("llama-"):
         defaults |= DEFAULTS["For llama-..."]
-    if task.kind == "generate" and config.lora == 0:
-        # A generation task's learning rate is LoRA's, too high for all weights.
+    if task.defaults.get("lora") and config.lora == 0:
+        # The task's learning rate is LoRA's, too high for all weights.
         defaults["lr"] = DEFAULTS["Default"]["lr"]
     if config.task is None:
         defaults |= DEFAULTS["Without --task"]
@@ -464,7 +466,8 @@ def free_folder(out):
 def check_generation(config):
     """Raise UserError where student, LoRA or lengths do not suit a task to generate."""
     generates = find_task(config.task).kind == "generate"
-    if config.student == "tiny" and (config.lora or generates):
+    must_know_words = generates and config.task not in BUILT_IN  # tiny makes its own from texts
+    if config.student == "tiny" and (config.lora or must_know_words):
         raise UserError("--student tiny is random: for --lora and to generate give opt-125m, "
                         "llama-7b ...")
     if generates and config.max_new_tokens >= config.max_length:
@@ -589,7 +592,8 @@ import eval as evaluation
 from align import TSAligner
 from losses import PER_EXAMPLE, aligner_loss, predictions, student_loss, task_loss
 from student import (Student, _tiny, build_student, is_decoder, load_config, load_pretrained,
-                     load_student, precision, rank, send, wants_cuda, world)
+                     load_student, precision, rank, send, tiny_tokenizer,
+                     wants_cuda, world)
 
 
 # ---- small pieces of the loop ----
@@ -660,7 +664,8 @@ def is_evaluated(config, epoch):
 
 def print_scores(cell, epoch, means, scores):
     """Print one evaluation: the parts of the loss before their weights, and the headline on dev."""
-    parts = " ".join(f"{name} {means[name]:.3f}" for name in ("task", "output", "manifold"))
+    names = [name for name in ("answer", "task", "output", "manifold") if name in means]
+    parts = " ".join(f"{name} {means[name]:.3f}" for name in names)
     metric, score = next(iter(scores.items()))
     print(f"seed {cell.seed} {cell.config.arms[0]}, epoch {epoch}: {parts}; "
           f"dev {metric} {score:.1%} ({sum(cell.seconds.values()):.1f} s)", flush=True)
@@ -962,6 +967,14 @@ def wants_checkpointing(config, lm, has_cuda):
     return config.grad_checkpoint == "on"
 
 
+def tiny_texts(task, examples):
+    """Return all texts that a student reads or writes: their words are tiny's vocabulary."""
+    texts = []
+    for example in examples:
+        texts += [text for text in (*task.pair(example), example.output) if text]
+    return texts
+
+
 class Data:
     """Examples, labels, teacher vectors and token ids of a run, once for all its cells.
 
@@ -984,6 +997,8 @@ class Data:
         self.num_labels = max(1, len(self.task.labels))  # 1 for a regression
         self.vocabulary = ()                             # V_a, of a task to generate
         if generates:
+            if config.student == "tiny":
+                tokenizer = tiny_tokenizer(self.training_texts(), generates)
             self.make_bags(tokenizer)
         else:
             self.labels = torch.tensor([example.label for example in self.splits["train"]])  # (N,)
@@ -1054,10 +1069,7 @@ class Data:
 
     def training_texts(self):
         """Return all texts of the training split, of which tiny makes its vocabulary."""
-        texts = []
-        for example in self.splits["train"]:
-            texts += [text for text in self.task.pair(example) if text]
-        return texts
+        return tiny_texts(self.task, self.splits["train"])
 
     def lookup(self, config, seed):
         """Return the function rows -> their teacher vectors (n, d_e).
@@ -1707,7 +1719,7 @@ def examples_at_hand(config):
     """Return {"train": [...], "dev": [...]} where a run would use no network; else None."""
     task = find_task(config.task)
     folder = Path(config.data_dir or Path(config.cache_dir, "data"))
-    if task.name != "objects" and not config.data_dir and not (folder / task.folder).is_dir():
+    if task.name not in BUILT_IN and not config.data_dir and not (folder / task.folder).is_dir():
         return None
     splits = load_task(task.name, str(folder))
     return {"train": splits["train"][:config.limit], "dev": splits["dev"][:config.eval_limit]}
@@ -1759,9 +1771,9 @@ def student_shapes(config, examples):
         return load_config(config.student, task.kind == "generate")
     texts = [" ".join(f"word{i}" for i in range(10_000))]  # so many different words are assumed
     if examples:
-        texts = [task.prompt(example) for example in examples["train"]]
+        texts = tiny_texts(task, examples["train"])
     with torch.device("meta"):
-        lm, _ = _tiny(texts)
+        lm, _ = _tiny(texts, task.kind == "generate")
     return lm.config
 
 

@@ -8,6 +8,7 @@
     python -m tests.findings generations RUN # scores before and after training, ten answers
     python -m tests.findings bags DATA MODEL # how well frequencies alone predict answers' bags
     python -m tests.findings tune            # the grid behind the defaults of `objects`: 15 min
+    python -m tests.findings tune-say        # bags and soft labels of `say/objects`: 6 min
 
 They are started by hand, and no test runs them. DATA is a --data-dir, RUN a folder of train.py.
 """
@@ -25,8 +26,9 @@ import numpy as np
 import torch
 import transformers
 
+import train as training
 from data import TASKS, answer_bags, answer_vocabulary, bag_labels, load_task
-from losses import task_loss
+from losses import student_loss, task_loss
 from teacher import build_teacher
 from train import Config, train
 
@@ -143,15 +145,14 @@ def bert_config(initializer_range):
     return make
 
 
-def accuracies_on_test(arm, lr, beta):
-    """The `objects` test accuracy in % of each of TUNING_SEEDS, which no table of ours uses."""
+def accuracy_on_test(arm, **flags):
+    """Mean and deviation over TUNING_SEEDS, which no table of ours uses, of test accuracy in %."""
     silence = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as out, silence:
-        config = Config(
-            arms=(arm,), seeds=TUNING_SEEDS, lr=lr, beta=beta, eval_every=40, out=out
-        )
+        config = Config(arms=(arm,), seeds=TUNING_SEEDS, eval_every=40, out=out, **flags)
         by_seed = train(config)[arm]
-    return [100 * metrics["test"]["accuracy"] for metrics in by_seed.values()]
+    values = [100 * metrics["test"]["accuracy"] for metrics in by_seed.values()]
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 
 
 def tune():
@@ -161,10 +162,48 @@ def tune():
         with patch.object(transformers, "BertConfig", bert_config(init)):
             for lr in (1e-3, 2e-3, 4e-3, 8e-3):
                 for arm, beta in TUNING_ARMS:
-                    values = accuracies_on_test(arm, lr, beta)
                     setting = f"init {init:<4} lr {lr:.0e} beta {beta:<4} {arm:<12}"
-                    spread = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
-                    print(setting, spread, flush=True)
+                    print(setting, accuracy_on_test(arm, lr=lr, beta=beta), flush=True)
+
+
+def bags_of_answers(task, examples, tokenizer):
+    """answer_bags of "true" or "false" alone."""
+    return answer_bags(task._replace(label_column="answer"), examples, tokenizer)
+
+
+def bags_that_differ(task, examples, tokenizer):
+    """answer_bags without the tokens that stand in every answer."""
+    bags = answer_bags(task, examples, tokenizer)
+    shared = set.intersection(*map(set, bags))
+    return [[token for token in bag if token not in shared] for bag in bags]
+
+
+def auxiliary_alone(student_out, aligner_out, *args, **weights):
+    """student_loss without the soft labels of the main head: o_s is compared with itself."""
+    aligner_out = aligner_out._replace(logits=student_out.logits)
+    return student_loss(student_out, aligner_out, *args, **weights)
+
+
+def tune_say():
+    """Print accuracies on `say/objects` over bags, soft labels and T: 11 lines, 55 cells."""
+    torch.set_num_threads(1)
+    print_say("whole output", "undistilled")
+    bags = {"whole output": answer_bags, "what differs": bags_that_differ,
+            "answer alone": bags_of_answers}
+    for bag, make_bags in bags.items():
+        with patch.object(training, "answer_bags", make_bags):
+            for arm in ("no-output", "armada"):
+                print_say(bag, arm)
+    for flag, value in (("alpha", 0.2), ("alpha", 0.0), ("temperature", 5.0)):
+        print_say("whole output", "armada", f"{flag} {value}", **{flag: value})
+    with patch.object(training, "student_loss", auxiliary_alone):
+        print_say("whole output", "armada", "soft labels of one head")
+
+
+def print_say(bag, arm, note="", **flags):
+    """Print one line of tune_say()."""
+    accuracy = accuracy_on_test(arm, task="say/objects", **flags)
+    print(f"{bag}  {arm:<11}  {note:<23}  {accuracy}", flush=True)
 
 
 def costs(data_dir):
@@ -251,6 +290,7 @@ COMMANDS = {
     "generations": generations,
     "bags": bags,
     "tune": tune,
+    "tune-say": tune_say,
 }
 
 

@@ -6,6 +6,7 @@ tiny and random (tests/conftest.py).
 import copy
 import json
 import math
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -21,13 +22,13 @@ from tokenizers import processors
 import eval as evaluation
 import train as training
 from align import Outputs
-from data import (ALPACA, TASKS, Example, UserError, answer_bags, answer_vocabulary, bag_labels,
-                  collate, encode, load_task)
+from data import (ALPACA, OBJECTS, TASKS, Example, UserError, answer_bags, answer_span,
+                  answer_vocabulary, bag_labels, collate, encode, load_task)
 from eval import compute_metrics, extract_answer, rouge_l
 from losses import answer_losses, output_kl, output_loss, student_loss, task_loss
-from student import AnswerOutputs, LoRA, add_lora, build_student, load_student
+from student import AnswerOutputs, LoRA, add_lora, build_student, load_student, tiny_tokenizer
 from tests.conftest import REASONING, write_reasoning
-from train import Cell, Config, train
+from train import Cell, Config, resolve, train
 
 TASK = TASKS["reason/arc_e"]
 
@@ -353,7 +354,9 @@ def test_over_a_thousand_tokens_the_gradient_of_the_mse_vanishes_and_the_kls_doe
     assert norm(output_kl(o_t, o_s, 5.0)) > 1e-2 * cross_entropy
 
 
-def test_student_loss_adds_the_answers_cross_entropy_and_takes_the_kl():
+def test_student_loss_adds_the_answers_cross_entropy_at_full_weight_and_takes_the_kl():
+    """alpha trades soft labels for true ones. How to write is in no soft label: it has no such
+    weight, and with alpha 1 the answers are still learnt."""
     def random_outputs():
         return Outputs(torch.randn(4, 6), torch.randn(4, 6), torch.randn(4, 3))
 
@@ -365,13 +368,15 @@ def test_student_loss_adds_the_answers_cross_entropy_and_takes_the_kl():
                                 kind="manifold", answer_loss=answer)
     main_task = F.cross_entropy(out.logits, y)
     aux_task = F.cross_entropy(out.aux_logits, y)
-    task = answer + main_task + 0.7 * aux_task
+    task = main_task + 0.7 * aux_task
     main_kl = output_kl(target.logits, out.logits, 5.0)
     aux_kl = output_kl(target.aux_logits, out.aux_logits, 5.0)
     kl = main_kl + 0.7 * aux_kl
+    assert list(parts) == ["task", "output", "manifold", "answer"]
+    torch.testing.assert_close(parts["answer"], answer)
     torch.testing.assert_close(parts["task"], task)
     torch.testing.assert_close(parts["output"], kl)
-    torch.testing.assert_close(total, 0.7 * task + 0.3 * kl + 2 * parts["manifold"])
+    torch.testing.assert_close(total, answer + 0.7 * task + 0.3 * kl + 2 * parts["manifold"])
 
 
 def test_gradients_of_the_answers_losses():
@@ -943,3 +948,135 @@ def test_output_kl_raises_half_precision_to_float32(dtype):
     o_t = torch.linspace(-4, 4, 24).reshape(4, 6).to(dtype)
     o_s = o_t.flip(0)
     assert output_kl(o_t, o_s, 5.0) == output_kl(o_t.float(), o_s.float(), 5.0)
+
+
+# ---- say/objects: the built-in task ----
+SAY = TASKS["say/objects"]
+
+
+def test_say_objects_asks_what_objects_asks_and_names_the_bigger_one():
+    """The same pairs on the same side of the same split, so the two tasks may be compared."""
+    asked = load_task("objects")
+    said = load_task("say/objects")
+    assert asked.keys() == said.keys()
+    for split in asked:
+        for question, example in zip(asked[split], said[split], strict=True):
+            assert example.fields == question.fields
+            first, second = [word for word in re.findall(r"\w+", question.fields["text"])
+                             if word in OBJECTS]
+            bigger, answer = (first, "true") if question.label else (second, "false")
+            assert example.output == f"{answer} , the {bigger} is bigger"
+            assert example.label == (answer,)
+            assert extract_answer(example.output, answer) == answer
+            # The label is a part of the output, its bag is all of it.
+            assert answer_span(SAY, example) == (0, len(example.output))
+            # No frame around the question: the teacher draws the very text that objects has.
+            assert SAY.prompt(example) == TASKS["objects"].prompt(question)
+
+
+def test_say_objects_is_the_demonstration_of_generation_at_temperature_1():
+    """Three arms and seven seeds without a flag. T = 5 is for classes: a bag flattened by it is
+    nearly the same for every text."""
+    say = resolve(Config(task="say/objects"))
+    objects = resolve(Config(task="objects"))
+    assert say.arms == ("undistilled", "armada", "shuffled")
+    assert say.seeds == tuple(range(7))
+    assert (say.student, say.teacher, say.lora) == ("tiny", "painter", 0)
+    for name in ("lr", "epochs", "beta", "alpha", "gamma", "limit"):
+        assert getattr(say, name) == getattr(objects, name), name
+    assert resolve(Config(task="say/objects", lora=0)).lr == objects.lr  # which was no LoRA's
+    for task in TASKS.values():
+        expected = 1.0 if task.kind == "generate" else 5.0
+        assert resolve(Config(task=task.name)).temperature == expected, task.name
+    assert resolve(Config(task="say/objects", temperature=3.0)).temperature == 3.0
+
+
+def test_tiny_that_generates_reads_left_to_right_and_writes_its_words_back():
+    """A word is a token, and texts are not ended: end-of-text comes behind an answer alone."""
+    texts = ["true , the lorry is bigger", "is a mouse bigger than a piano?"]
+    made = build_student("tiny", 2, 16, texts=texts, vocabulary=[3, 4])
+    assert made.decoder
+    assert made.generates
+    for text in texts:
+        ids = made.tokenizer(text)["input_ids"]
+        assert len(ids) == len(re.findall(r"\w+|[^\w\s]", text))
+        assert made.tokenizer.eos_token_id not in ids
+    assert made.tokenizer("unheard")["input_ids"] != [made.tokenizer.eos_token_id]
+    rows, _ = encode(SAY, load_task("say/objects")["train"][:1], made.tokenizer, 32, True, 8)
+    assert rows[0]["input_ids"][-1] == made.tokenizer.eos_token_id
+    assert made.tokenizer.decode(made.tokenizer(texts[0])["input_ids"]) == texts[0]
+
+
+def test_say_objects_from_the_prompt_to_the_answer_and_back(tmp_path, monkeypatch):
+    """The one place where the whole path is seen to work without files: a student learns to say
+    sentences, is saved, stopped, resumed, loaded and asked again."""
+    config = Config(task="say/objects", arms="armada", seeds="0", limit=16, eval_limit=16,
+                    batch_size=8, epochs=50, eval_every=25, out=str(tmp_path / "run"))
+    metrics = train(config)["armada"][0]
+    whole = tmp_path / "run/armada/0"
+    learnt = load_task("say/objects")["train"][:16]
+    student = load_student(whole / "last")
+    outputs = student.predict([SAY.prompt(example) for example in learnt])
+    assert outputs == [example.output for example in learnt]
+    answers = [extract_answer(output, "true") for output in outputs]
+    assert compute_metrics("say/objects", outputs, [example.label for example in learnt]) == {
+        "accuracy": 1.0, "answered": 1.0}
+    assert set(answers) == {"true", "false"}
+
+    # What the run wrote is what the loaded student says of dev.
+    written = json_lines(whole / "predictions_dev.jsonl")
+    said = student.predict([line["text"] for line in written])
+    assert [line["output"] for line in written] == said
+    right = [line["answer"] in line["references"] for line in written]
+    assert metrics["dev"]["accuracy"] == pytest.approx(sum(right) / len(right))
+    steps = [line for line in json_lines(whole / "log.jsonl") if line.get("role") == "student"]
+    last = steps[-1]
+    assert last["loss"] == pytest.approx(
+        last["answer"] + 0.5 * last["task"] + 0.5 * last["output"] + 20 * last["manifold"],
+        rel=1e-3)
+
+    save = Cell.save
+
+    def stop_halfway(cell, name):
+        save(cell, name)
+        if name == "last":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cell, "save", stop_halfway)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, out=str(tmp_path / "again")))
+    monkeypatch.undo()
+    train(Config(resume=str(tmp_path / "again")))
+    resumed = tmp_path / "again/armada/0"
+    for name in ("last/model.safetensors", "last/heads.safetensors", "predictions_test.jsonl"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+
+
+def test_tiny_generates_from_built_in_words_alone(config, capsys):
+    """Elsewhere its words would be those of a prompt's frame, and most of an answer unknown."""
+    with pytest.raises(UserError, match="--student tiny is random"):
+        resolve(replace(config, student="tiny"))
+    training.main(["--task", "say/objects", "--plan"])
+    told = capsys.readouterr().out
+    assert "plan: say/objects, student tiny, teacher painter" in told
+    limit = resolve(Config(task="say/objects")).limit
+    texts = training.tiny_texts(SAY, load_task("say/objects")["train"][:limit])
+    words = tiny_tokenizer(texts, True)
+    made = build_student("tiny", len(words), 1024, texts, vocabulary=range(len(words)))
+    assert f"parameters: {training.count_parameters(made):,}, " in told
+    assert "64 tokens each, 16 of them an answer's" in told
+
+
+def test_verdicts_of_a_built_in_task_are_those_of_dev(tmp_path):
+    """Its dev split is its own, and test is where it was tuned."""
+    cells = {}
+    for arm, ahead in (("undistilled", 0.0), ("armada", 0.1)):
+        for seed in range(7):
+            cells[tmp_path / f"{arm}/{seed}"] = {
+                "task": "say/objects", "arm": arm, "control": arm != "armada",
+                "untrained": {"accuracy": 0.0}, "dev": {"accuracy": 0.6 + ahead},
+                "test": {"accuracy": 0.6}, "best": {"dev": {}}}
+    text = evaluation.report(cells)
+    assert "differences paired" in text
+    assert "differences on test" not in text
+    assert "+10.0" in text
