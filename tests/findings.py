@@ -6,6 +6,7 @@
     python -m tests.findings majority DATA   # the share of each real task's commonest dev label
     python -m tests.findings costs DATA      # seconds for 1,000 texts: the painter, CLIP
     python -m tests.findings generations RUN # scores before and after training, ten answers
+    python -m tests.findings said RUN        # how much of its sentences each arm has right
     python -m tests.findings bags DATA MODEL # how well frequencies alone predict answers' bags
     python -m tests.findings tune            # the grid behind the defaults of `objects`: 15 min
     python -m tests.findings tune-say        # bags and soft labels of `say/objects`: 6 min
@@ -27,7 +28,7 @@ import torch
 import transformers
 
 import train as training
-from data import TASKS, answer_bags, answer_vocabulary, bag_labels, load_task
+from data import TASKS, answer_bags, answer_vocabulary, bag_labels, load_task, read_json
 from losses import student_loss, task_loss
 from teacher import build_teacher
 from train import Config, train
@@ -250,9 +251,29 @@ def generations(run):
 
     rows = read_jsonl(cells[0].with_name("predictions_test.jsonl"))
     for row in rows[:10]:
-        print_start("prompt", row["instruction"])
+        print_start("prompt", row.get("instruction") or row["text"])
         print_start("reference", row["references"][0])
         print_start("output", row["output"])
+
+
+def said(run):
+    """Print what share of dev each arm of a `say/objects` run has right, over all its seeds.
+
+    The answer is "true" or "false", which is what is scored; the object is the one that the
+    sentence calls bigger; the sentence is all of it.
+    """
+    wanted = {example.idx: example.output for example in load_task("say/objects")["dev"]}
+    print(f"{'arm':<16} answer  object  sentence")
+    for arm in read_json(Path(run, "config.json"))["arms"]:
+        shares = []
+        for path in Path(run, arm).glob("*/predictions_dev.jsonl"):
+            for row in read_jsonl(path):
+                output = row["output"].split()
+                target = wanted[row["idx"]].split()
+                shares.append((output[:1] == target[:1], output[3:4] == target[3:4],
+                               output == target))
+        answer, bigger, sentence = 100 * np.mean(shares, 0)
+        print(f"{arm:<16} {answer:6.1f}  {bigger:6.1f}  {sentence:8.1f}")
 
 
 def print_start(name, text):
@@ -288,6 +309,7 @@ COMMANDS = {
     "majority": majority,
     "costs": costs,
     "generations": generations,
+    "said": said,
     "bags": bags,
     "tune": tune,
     "tune-say": tune_say,
