@@ -43,9 +43,9 @@ TUNING_ARMS = (  # (arm, beta)
 
 
 def objects_texts():
-    """The 120 training texts of `objects`, as a teacher gets them."""
+    """The 120 texts that `objects` trains on by default, as a teacher gets them."""
     task = TASKS["objects"]
-    examples = load_task("objects")["train"]
+    examples = load_task("objects")["train"][:120]
     return [task.prompt(example) for example in examples]
 
 
