@@ -1187,8 +1187,8 @@ def draw_doses(axes, points, doses, aligners):
         by_dose = {doses[arm]: values[arm] for arm in doses if arm in values}
         draw_curve(axes, by_dose, i, name)
     if "undistilled" in points:
-        axes.axhline(np.mean(points["undistilled"]), color="0.4", linestyle="--",
-                     label="undistilled")
+        level = np.mean(points["undistilled"])
+        axes.axhline(level, color="0.4", linestyle=":", label="undistilled")
     axes.legend()
 
 

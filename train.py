@@ -42,7 +42,7 @@ from teacher import ENCODERS, TEACHERS, build_teacher, open_vectors, split_spec
 
 # An arm is one line of overrides. To claim a gain is to say: armada beats every control, the best
 # one included.
-# DEVIATION: the authors compare with one baseline, without the auxiliary head; here are four
+# DEVIATION: the authors compare with one baseline, without the auxiliary head; here are five
 # controls.
 ARMS = {
     # Controls: no teacher, or the wrong one (is_control() tells them by their weights and pairing).

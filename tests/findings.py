@@ -8,6 +8,8 @@
     python -m tests.findings generations RUN # scores before and after training, ten answers
     python -m tests.findings bags DATA MODEL # how well frequencies alone predict answers' bags
     python -m tests.findings tune            # the grid behind the defaults of `objects`: 15 min
+    python -m tests.findings tune-unlabelled # the epochs for 120 + 480 rows of `objects`: 10 min
+    python -m tests.findings way RUN         # how far each arm came from undistilled to its aligner
 
 They are started by hand, and no test runs them. DATA is a --data-dir, RUN a folder of train.py.
 """
@@ -143,13 +145,11 @@ def bert_config(initializer_range):
     return make
 
 
-def accuracies_on_test(arm, lr, beta):
+def accuracies_on_test(arm, **flags):
     """The `objects` test accuracy in % of each of TUNING_SEEDS, which no table of ours uses."""
     silence = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as out, silence:
-        config = Config(
-            arms=(arm,), seeds=TUNING_SEEDS, lr=lr, beta=beta, eval_every=40, out=out
-        )
+        config = Config(arms=(arm,), seeds=TUNING_SEEDS, eval_every=40, out=out, **flags)
         by_seed = train(config)[arm]
     return [100 * metrics["test"]["accuracy"] for metrics in by_seed.values()]
 
@@ -161,10 +161,41 @@ def tune():
         with patch.object(transformers, "BertConfig", bert_config(init)):
             for lr in (1e-3, 2e-3, 4e-3, 8e-3):
                 for arm, beta in TUNING_ARMS:
-                    values = accuracies_on_test(arm, lr, beta)
+                    values = accuracies_on_test(arm, lr=lr, beta=beta)
                     setting = f"init {init:<4} lr {lr:.0e} beta {beta:<4} {arm:<12}"
                     spread = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
                     print(setting, spread, flush=True)
+
+
+def tune_unlabelled():
+    """Print accuracies over the epochs, where 120 rows with a label train beside 480 without."""
+    torch.set_num_threads(1)
+    for epochs in (10, 20, 40):
+        for arm in ("undistilled", "armada"):
+            values = accuracies_on_test(arm, epochs=epochs, unlabelled=480)
+            spread = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+            print(f"epochs {epochs} {arm:<12}", spread, flush=True)
+
+
+def way(run):
+    """Print how much of its aligner's dev accuracy reached each arm's student.
+
+    0 % is the student that no teacher helps, 100 % is the aligner, which reads the picture.
+    """
+    means = {}  # arm -> (the student's mean accuracy over seeds, its aligner's or None)
+    for folder in sorted(Path(run).iterdir()):
+        cells = [json.loads(path.read_text()) for path in folder.glob("*/metrics.json")]
+        if cells:
+            student = np.mean([cell["dev"]["accuracy"] for cell in cells])
+            aligner = None
+            if cells[0]["aligner"]:
+                aligner = np.mean([cell["aligner"]["accuracy"] for cell in cells])
+            means[folder.name] = student, aligner
+    start, _ = means["undistilled"]
+    for arm, (student, aligner) in means.items():
+        if aligner and aligner > start:  # an untrained one has nothing to give
+            share = 100 * (student - start) / (aligner - start)
+            print(f"{arm:<16} {100 * student:.1f} of {100 * aligner:.1f}: {share:.0f} % of the way")
 
 
 def costs(data_dir):
@@ -251,6 +282,8 @@ COMMANDS = {
     "generations": generations,
     "bags": bags,
     "tune": tune,
+    "tune-unlabelled": tune_unlabelled,
+    "way": way,
 }
 
 

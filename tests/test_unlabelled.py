@@ -179,29 +179,32 @@ def test_a_text_without_an_answer_has_the_bag_of_its_next_token(causal_folder, k
     """In one batch with answered texts and padding; the oracle is the prompt alone."""
     task = TASKS["reason/arc_e"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(causal_folder())
-    examples = load_task("reason/arc_e", kinds["generate"]["data_dir"])["train"][:3]
-    examples[1] = without_label(task, examples[1]._replace(
-        fields={**examples[1].fields, "instruction": "why? " * 30}))  # the longest of all
+    examples = load_task("reason/arc_e", kinds["generate"]["data_dir"])["train"][:4]
+    examples[1] = without_label(task, examples[1])  # the shortest of all
+    longer = {**examples[3].fields, "instruction": "why? " * 30}
+    examples[3] = without_label(task, examples[3]._replace(fields=longer))
     rows, _ = encode(task, examples, tokenizer, 400, True, 8)
-    assert rows[1]["labels"] == [-100] * len(rows[1]["input_ids"])
-    prompt_lengths = [row["labels"].count(-100) for row in rows]
+    lengths = [len(row["input_ids"]) for row in rows]
+    assert sorted(range(4), key=lengths.__getitem__)[::3] == [1, 3]
     torch.manual_seed(0)
     student = build_student(causal_folder(), 5, 16, vocabulary=range(10, 15)).eval()
     with torch.no_grad():
         out = student(**collate(rows, 0))
-        for order in ([0, 1, 2], [0, 2], [1]):  # as the longest, absent, and alone
-            part = student(**collate([rows[i] for i in order], 0))
-            for found, expected in zip(part, out):
-                torch.testing.assert_close(found, expected[order], rtol=1e-4, atol=1e-5)
-        ids = torch.tensor([rows[1]["input_ids"]])
-        alone = student(ids, torch.ones_like(ids))
-        log_p = student.lm(input_ids=ids).logits[0, -1].log_softmax(-1)
-    assert type(out) is AnswerOutputs
-    assert type(alone) is Outputs
-    assert prompt_lengths[1] == max(len(row["input_ids"]) for row in rows)
-    torch.testing.assert_close(out.logits[1], log_p[10:15], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(out.proj[1], alone.proj[0], rtol=1e-4, atol=1e-5)
-    assert out.answer_loss[1] == 0
+        answered = student(**collate([rows[0], rows[2]], 0))
+        unlabelled = student(**collate([rows[3]], 0))
+    assert type(out) is type(unlabelled) is AnswerOutputs
+    for found, expected in zip(answered, out):
+        torch.testing.assert_close(found, expected[[0, 2]], rtol=1e-4, atol=1e-5)
+    for row in (1, 3):
+        assert rows[row]["labels"] == [-100] * lengths[row]
+        ids = torch.tensor([rows[row]["input_ids"]])  # (1, L)
+        with torch.no_grad():
+            alone = student(ids, torch.ones_like(ids))
+            log_p = student.lm(input_ids=ids).logits[0, -1].log_softmax(-1)  # (V,)
+        assert type(alone) is Outputs
+        torch.testing.assert_close(out.logits[row], log_p[10:15], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out.proj[row], alone.proj[0], rtol=1e-4, atol=1e-5)
+    assert (out.answer_loss[[1, 3]] == 0).all()
     assert (out.answer_loss[[0, 2]] > 0).all()
 
 
