@@ -1205,8 +1205,8 @@ def make_parser():
     parser.add_argument("--cache-dir", metavar="FOLDER", default=CACHE,
                         help="Folder for downloads and vectors.")
     parser.add_argument("--limit", metavar="N", type=int,
-                        help="Use only the first N training texts, with a label or without; default: "
-                             "as many as train.py.")
+                        help="Use only the first N training texts, with a label or without; "
+                             "default: as many as train.py.")
     parser.add_argument("--max-pictures", metavar="N", type=int,
                         help="Make at most N vectors, then stop; default: all of them.")
     parser.add_argument("--verify", action="store_true",
