@@ -192,7 +192,7 @@ def answer_within(*args, alpha, answer_loss, **weights):
 
 
 def tune_say():
-    """Print accuracies on `say/objects` over bags, soft labels and T: 13 lines, 65 cells."""
+    """Print accuracies on `say/objects` over bags, soft labels and T: 14 lines, 70 cells."""
     torch.set_num_threads(1)
     print_say("whole output", "undistilled")
     bags = {"whole output": answer_bags, "what differs": bags_that_differ,
@@ -201,6 +201,8 @@ def tune_say():
         with patch.object(training, "answer_bags", make_bags):
             for arm in ("no-output", "armada"):
                 print_say(bag, arm)
+    with patch.object(training, "answer_bags", bags_of_answers):
+        print_say("answer alone", "armada", "temperature 5.0", temperature=5.0)
     for flag, value in (("alpha", 0.2), ("alpha", 0.0), ("temperature", 5.0)):
         print_say("whole output", "armada", f"{flag} {value}", **{flag: value})
     with patch.object(training, "student_loss", auxiliary_alone):
