@@ -865,3 +865,14 @@ def test_output_kl_raises_half_precision_to_float32(dtype):
     o_t = torch.linspace(-4, 4, 24).reshape(4, 6).to(dtype)
     o_s = o_t.flip(0)
     assert output_kl(o_t, o_s, 5.0) == output_kl(o_t.float(), o_s.float(), 5.0)
+
+
+def test_a_new_adapter_can_learn(student):
+    """B is zero, so that nothing changes at first, and A is not: were both, neither would ever get
+    a gradient."""
+    made, rows, y = student(lora=4)
+    total_loss(made, rows, y).backward()
+    adapters = [module for module in made.modules() if isinstance(module, LoRA)]
+    assert len(adapters) == 4  # queries and values of two layers
+    for adapter in adapters:
+        assert adapter.lora_B.weight.grad.abs().max() > 0
