@@ -55,7 +55,7 @@ DEFECTS = (
     Defect(
         number=1,
         symptom="The higher --temperature, the less the soft labels matter: at 50 the `output` of "
-                "log.jsonl is next to nothing, and armada ends where no-output does.",
+                "log.jsonl is next to nothing, and armada hardly differs from no-output.",
         file="losses.py",
         old="return temperature**2 * _mse(soft_t, soft_s)",
         new="return _mse(soft_t, soft_s)",
@@ -64,7 +64,7 @@ DEFECTS = (
     Defect(
         number=2,
         symptom="Of two tasks to generate, the one whose answers have more different words takes "
-                "less notice of --alpha: its `output` in log.jsonl is smaller by just that factor.",
+                "less notice of --alpha, for its `output` in log.jsonl is smaller.",
         file="losses.py",
         old='reduction="batchmean"',
         new='reduction="mean"',
@@ -154,8 +154,7 @@ DEFECTS = (
                "test_answer_losses_and_bags_against_a_loop_over_positions",)),
     Defect(
         number=11,
-        symptom="`python eval.py RUN --rescore` finds another dev score than the run did, and "
-                "typed again a third one.",
+        symptom="Asked twice about the same texts, predict() changes its mind about some.",
         file="student.py",
         old="            self.eval()\n",
         new="            self.train()\n",
@@ -164,8 +163,8 @@ DEFECTS = (
                "test_answers_come_without_dropout_in_order_and_leave_the_mode_alone",)),
     Defect(
         number=12,
-        symptom="`task` in log.jsonl falls as it should, but dev accuracy stays near chance. Asked "
-                "one text at a time, predict() answers most of them right.",
+        symptom="predict() gives some texts of a list other answers than it gives each alone, "
+                "although padding changes no vector.",
         file="student.py",
         old="for i, value, p in zip(indices,",
         new="for i, value, p in zip(sorted(indices),",
@@ -184,8 +183,7 @@ DEFECTS = (
                "test_a_new_adapter_can_learn",)),
     Defect(
         number=14,
-        symptom="undistilled answers every training text right, and yet its `task` in log.jsonl "
-                "stays above 0.31.",
+        symptom="However long undistilled trains, its `task` in log.jsonl never falls below 0.31.",
         file="student.py",
         old='o = self.heads["classifier"](self.drop(h)) ',
         new='o = self.heads["classifier"](self.drop(h)).softmax(-1) ',
@@ -238,7 +236,8 @@ DEFECTS = (
                "test_a_weight_without_a_gradient_decays_by_a_hundredth_of_the_rate",)),
     Defect(
         number=19,
-        symptom="grad_norm in log.jsonl grows from line to line, whatever --lr is.",
+        symptom="The first step of a run agrees with one that is computed by hand. From the second "
+                "on its grad_norm is not that of its batch.",
         file="train.py",
         old="    optimizer.zero_grad()\n",
         new="",
@@ -278,7 +277,7 @@ DEFECTS = (
     Defect(
         number=23,
         symptom="The dev score in metrics.json is never below that of any epoch in log.jsonl, and "
-                "--rescore makes it worse.",
+                "eval.py --rescore may lower it.",
         file="train.py",
         old='metrics["dev"] = cell.lines[-1]["dev"]',
         new='metrics["dev"] = cell.best["dev"]',
@@ -300,8 +299,8 @@ DEFECTS = (
                "[copa]",)),
     Defect(
         number=25,
-        symptom="On a task to generate all texts have one and the same p_s while the student "
-                "trains.",
+        symptom="On a task to generate all texts that begin with the same word have one and the "
+                "same p_s while the student trains.",
         file="data.py",
         old="labels = [-100] * len(prompt) + learnt",
         new="labels = prompt + learnt",
