@@ -1080,3 +1080,14 @@ def test_verdicts_of_a_built_in_task_are_those_of_dev(tmp_path):
     assert "differences paired" in text
     assert "differences on test" not in text
     assert "+10.0" in text
+
+
+def test_a_new_adapter_can_learn(student):
+    """B is zero, so that nothing changes at first, and A is not: were both, neither would ever get
+    a gradient."""
+    made, rows, y = student(lora=4)
+    total_loss(made, rows, y).backward()
+    adapters = [module for module in made.modules() if isinstance(module, LoRA)]
+    assert len(adapters) == 4  # queries and values of two layers
+    for adapter in adapters:
+        assert adapter.lora_B.weight.grad.abs().max() > 0

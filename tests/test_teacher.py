@@ -1841,3 +1841,8 @@ def test_the_noise_of_a_dose_is_each_texts_own():
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     cosines = noise @ noise.T - np.eye(20)
     assert abs(cosines).max() < 0.2
+
+
+def test_a_dose_keeps_the_contract_too():
+    """The whole picture, which the table above builds, holds no noise."""
+    check_contract(Offline("painter:0.5", "painter:0.25", TEXTS, second_process=True))

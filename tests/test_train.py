@@ -1168,3 +1168,38 @@ def test_a_resumed_regression_keeps_the_biases_that_it_has_learnt(official, tmp_
     cell.save("last")
     resumed = Cell(config, data, tmp_path)
     assert [resumed.models.get_parameter(name).item() for name in heads] == [1.25] * 4
+
+
+def test_in_the_students_step_the_aligner_answers_without_dropout(tmp_path, monkeypatch):
+    """Its own step, which comes first, has left it in training mode."""
+    seen = []
+
+    def noting_student_loss(out_s, out_t, *args, **kwargs):
+        seen.append(out_t)
+        return losses.student_loss(out_s, out_t, *args, **kwargs)
+
+    monkeypatch.setattr(training, "student_loss", noting_student_loss)
+    cell = cell_of(tmp_path)
+    rows = [*range(8)]
+    training.update(cell, 0, "aligner", 0, rows)
+    training.update(cell, 0, "student", 0, rows)
+    with torch.no_grad():
+        expected = cell.aligner.eval()(cell.teacher_vectors(rows))
+    torch.testing.assert_close(seen, [expected])
+
+
+def test_the_dev_score_in_metrics_json_is_the_last_epochs_and_not_the_best_ones(
+        tmp_path, monkeypatch):
+    """The best one is chosen on dev, and its student is not the one that is kept."""
+    evaluate = Cell.evaluate
+    accuracies = iter((0.9, 0.4, 0.5))  # of two epochs on dev, then of test
+
+    def falling(self, split):
+        _, answers, p_s = evaluate(self, split)
+        return {"accuracy": next(accuracies)}, answers, p_s
+
+    monkeypatch.setattr(Cell, "evaluate", falling)
+    run(cell_of(tmp_path, "undistilled"))
+    written = outcome(tmp_path)
+    assert written["dev"] == {"accuracy": 0.4}
+    assert written["best"] == {"epoch": 1, "dev": {"accuracy": 0.9}}
