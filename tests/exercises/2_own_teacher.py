@@ -44,7 +44,8 @@ from teacher import TEACHERS, build_teacher
 
 def teacher_of(dose):
     """The student's teacher; a check that needs it fails with what is missing."""
-    assert "mine" in TEACHERS, "teacher.py: TEACHERS has no teacher \"mine\" yet"
+    is_there = "mine" in TEACHERS
+    assert is_there, "teacher.py: TEACHERS has no teacher \"mine\" yet"
     return build_teacher(f"mine:{dose}")
 
 
@@ -119,5 +120,6 @@ def test_alone_it_is_the_whole_dose():
 
 def test_it_keeps_the_contract(request):
     from tests.test_teacher import OFFLINE, check_contract
-    assert "mine" in OFFLINE, "tests/test_teacher.py: OFFLINE has no line \"mine\""
+    is_there = "mine" in OFFLINE
+    assert is_there, "tests/test_teacher.py: OFFLINE has no line \"mine\""
     check_contract(OFFLINE["mine"](request))

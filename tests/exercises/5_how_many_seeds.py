@@ -20,8 +20,8 @@ WHAT TO CHANGE. Write the two functions below.
       n  =  ((z_(1 - level/2) + z_power) s / difference)^2  +  z_(1 - level/2)^2 / 2
 
   The last term (Guenther 1981) pays for s being estimated; it is 2 seeds at 5 %. The function
-  statistics.NormalDist().inv_cdf gives z. You may simulate instead, with eval.py:sign_flip_p. But
-  the sign-flip test has a floor: no n with 2 / 2^n > level can ever show anything.
+  statistics.NormalDist().inv_cdf gives z. But the sign-flip test has a floor: no n with
+  2 / 2^n > level can ever show anything. The checks simulate, with that very test.
 
 THEN USE IT on a run of yours:  python -m tests.exercises.5_how_many_seeds runs/objects
 Why does armada against undistilled need more seeds than noise against undistilled? With c controls

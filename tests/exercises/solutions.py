@@ -227,12 +227,74 @@ HOW_MANY_SEEDS = (
            "from statistics import NormalDist\n"),
 )
 
+# ---- 6: unlabelled text from a file ----
+
+UNLABELLED_FILE = (
+    before("data.py", "def tokenise(task, examples, tokenizer, decoder):\n", '''\
+def read_texts(task, path):
+    """Return the Examples, without a label, of a file with one text a line; blank lines are none.
+
+    UserError where it cannot be read, and of a task whose examples are more than one text.
+    """
+    if len(task.fields) > 1:
+        raise UserError(f"a line of {path} is one text, and {task.name} reads "
+                        f"{', '.join(task.fields)}: leave it out")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a text file") from None
+    examples = []
+    for number, text in enumerate(lines, start=1):
+        if text.strip():
+            fields = {task.fields[0]: text}
+            examples.append(
+                Example(fields, NO_LABEL[task.kind], number, f"{path}:{number}"))
+    if not examples:
+        raise UserError(f"{path} has no text: write one a line")
+    return examples
+
+
+'''),
+    before("train.py", "                  without_label)\n", '''\
+                  read_texts,
+'''),
+    before("train.py", "    eval_limit: int = option(\n", '''\
+    unlabelled_file: str = option(
+        None, "Text file, one text a line, that --unlabelled takes its N from.")
+'''),
+    before("train.py", "    if config.memory and not config.plan:\n", '''\
+    if config.unlabelled_file and not config.unlabelled:
+        raise UserError("--unlabelled-file goes with --unlabelled N: how many of its texts?")
+'''),
+    Change("train.py",
+           "        examples = load_task(config.task, config.data_dir, config.cache_dir)\n",
+           "        examples = load_task(config.task, config.data_dir, config.cache_dir)\n"
+           "        examples = join_texts(config, examples)\n"),
+    Change("train.py",
+           "    return splits_in_use(config, load_task(task.name, str(folder)))\n",
+           "    splits = join_texts(config, load_task(task.name, str(folder)))\n"
+           "    return splits_in_use(config, splits)\n"),
+    before("train.py", "def splits_in_use(config, splits):\n", '''\
+def join_texts(config, splits):
+    """Return the splits, with --unlabelled-file's texts in place of the rows behind --limit."""
+    if not config.unlabelled_file:
+        return splits
+    texts = read_texts(find_task(config.task), config.unlabelled_file)
+    return {**splits, "train": splits["train"][:config.limit] + texts}
+
+
+'''),
+)
+
 SOLUTIONS = {
     1: RELATIONAL_LOSS,
     2: OWN_TEACHER,
     3: SHUFFLED_WITHIN_LABEL,
     4: LORA_MERGE,
     5: HOW_MANY_SEEDS,
+    6: UNLABELLED_FILE,
 }
 
 
