@@ -41,6 +41,10 @@ class Example(NamedTuple):
     output: str = ""  # for generation the text to learn
 
 
+# By a task's kind, what stands for the label of an example that takes part without one.
+NO_LABEL = {"classify": -100, "regress": math.nan, "generate": ()}
+
+
 class Task(NamedTuple):
     """One registry entry; kind is "classify", "regress" or "generate"."""
 
@@ -117,7 +121,7 @@ TASKS = {task.name: task for task in (
     Task("objects", "", "{text}", None, ("no", "yes"), defaults={
         # from scratch 2e-5 would move nothing
         "student": "tiny", "teacher": "painter", "lr": 4e-3, "epochs": 40, "beta": 20.0,
-        "eval_every": 10}),
+        "eval_every": 10, "limit": 120}),
 )}
 
 # The Alpaca prompt without and with an input, as MiniLLM fills it; LLM-Adapters' has the same
@@ -230,8 +234,9 @@ def encode(task, examples, tokenizer, max_length, decoder, max_new_tokens=0):
     A text over max_length tokens has its longest FIELD shortened before the template is filled.
     To cut the filled text instead would drop the hypothesis behind a long premise, or the question.
     To generate, input_ids is prompt, output and end-of-text; labels is the same with -100 ("no
-    loss") for the prompt. Of max_length, max_new_tokens are the output's even if it is shorter:
-    what is read of a prompt must not depend on its answer.
+    loss") for the prompt, which is all there is of an example without a label. Of max_length,
+    max_new_tokens are the output's even if it is shorter: what is read of a prompt must not depend
+    on its answer.
     Raises UserError where max_length is too small for what may not be cut, and for a text of no
     token, of which there is nothing to pool.
     """
@@ -253,12 +258,19 @@ def encode(task, examples, tokenizer, max_length, decoder, max_new_tokens=0):
             example = cut_longest_field(example, tokenizer, max_length, excess)
             rows[i] = tokenise(task, [example], tokenizer, decoder)[0]
             was_cut = True
-        if generates:
+        if generates and example.label == NO_LABEL["generate"]:
+            rows[i]["labels"] = [-100] * len(rows[i]["input_ids"])
+        elif generates:
             rows[i], output_was_cut = append_output(
                 rows[i], example.output, tokenizer, max_new_tokens)
             was_cut = was_cut or output_was_cut
         shortened += was_cut
     return rows, shortened
+
+
+def without_label(task, example):
+    """Return an example as a text alone, without its label and the answer to learn."""
+    return example._replace(label=NO_LABEL[task.kind], output="")
 
 
 def tokenise(task, examples, tokenizer, decoder):
@@ -666,8 +678,9 @@ OBJECT_QUESTIONS = (
 
 
 def make_object_pairs():
-    """Make 120 training pairs and two held-out sets; they share no pair in either order.
+    """Make 600 training pairs and two held-out sets; they share no pair in either order.
 
+    By default (--limit) the first 120 train. The others wait for --unlabelled, or a larger limit.
     The sizes of a pair are at least 1 to 1.25 apart, so that nobody could argue about the answer.
     """
     size = {name: values[0] for name, values in OBJECTS.items()}
@@ -684,7 +697,8 @@ def make_object_pairs():
         text = re.sub(r"\ba (?=[aeiou])", "an ", question)
         label = int(size[first] > size[second])
         examples.append(Example({"text": text}, label, i, f"objects:{i}"))
-    return {"train": examples[:120], "dev": examples[120:620], "test": examples[620:]}
+    train = examples[:120] + examples[-480:]
+    return {"train": train, "dev": examples[120:620], "test": examples[620:-480]}
 
 
 def say_object_pairs():

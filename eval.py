@@ -11,6 +11,7 @@ cannot help; a cell is one arm with one seed and lives in the folder RUN/ARM/SEE
 import contextlib
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -705,7 +706,8 @@ def generation_lines(task, examples, answers):
 # What is read of a run's files: key -> type. OPTIONAL may be null, or not there at all.
 OPTIONAL = type(None)
 METRICS = {"task": str, "arm": str, "seed": (int, OPTIONAL), "student": (str, OPTIONAL),
-           "teacher": (str, OPTIONAL), "grad_norm": (int, float, OPTIONAL)}
+           "teacher": (str, OPTIONAL), "grad_norm": (int, float, OPTIONAL),
+           "labelled": (int, OPTIONAL), "unlabelled": (int, OPTIONAL)}
 SCORES = ("dev", "test", "untrained", "best", "aligner", "spaces")  # {metric: number}, or null
 CONFIG = {"task": str, "arms": list, "seeds": list, "cache_dir": str, "amp": str,
           "max_length": int, "micro_batch": int, "data_dir": (str, OPTIONAL),
@@ -1028,6 +1030,7 @@ LINES = ("-", "--", ":", "-.")
 def plot(cells):
     """Draw learning_curves.png, arms.png and, given two doses, dose_response.png into each run.
 
+    Given runs of one task with more and fewer labels, draw label_curve.png beside them.
     Arms are told apart by markers, dashes and greys, so that a black-and-white print will do.
     Raises UserError where matplotlib is not installed.
     """
@@ -1039,7 +1042,13 @@ def plot(cells):
     def new_axes():
         return Figure(figsize=(7, 4.5), layout="constrained").subplots()
 
-    for run, task, arms in by_run(cells):
+    def save(axes, task, metric, path):
+        axes.set_ylabel(f"{task.name}, dev {metric} (%)")
+        axes.figure.savefig(path, dpi=150)
+        print(f"wrote {path}")
+
+    runs = list(by_run(cells))
+    for run, task, arms in runs:
         metric = headline(task, arms)
         points = {}
         for arm, seeds in arms.items():
@@ -1051,12 +1060,39 @@ def plot(cells):
         draw_arms(figures["arms"], points, controls_in(arms))
         if len(set(doses.values())) > 1:
             figures["dose_response"] = new_axes()
-            draw_doses(figures["dose_response"], points, doses)
+            draw_doses(figures["dose_response"], points, doses, aligners_in(arms, metric))
         for name, axes in figures.items():
-            axes.set_ylabel(f"{task.name}, dev {metric} (%)")
-            path = run / f"{name}.png"
-            axes.figure.savefig(path, dpi=150)
-            print(f"wrote {path}")
+            save(axes, task, metric, run / f"{name}.png")
+
+    curves = label_curves(runs)
+    if curves:
+        axes = new_axes()
+        draw_label_curves(axes, curves)
+        folder = Path(os.path.commonpath([run for run, _, _ in runs]))
+        save(axes, task, metric, folder / "label_curve.png")
+
+
+def label_curves(runs):
+    """Return {curve: {how many labels: [the dev metric in %, a value a seed]}} of by_run's runs.
+
+    An arm is one curve with unlabelled texts and another without. Empty where the runs are not of
+    one task, or all have as many labels.
+    """
+    curves = {}
+    for _, task, arms in runs:
+        metric = headline(task, arms)
+        for arm, seeds in arms.items():
+            cell = first_cell(seeds)
+            if cell.get("labelled") is None:  # of an earlier version
+                continue
+            curve = f"{arm}, and the rest unlabelled" if cell.get("unlabelled") else arm
+            values = [100 * cell["dev"][metric] for cell in seeds.values()]
+            curves.setdefault(curve, {})[cell["labelled"]] = values
+    counts = set().union(*curves.values())
+    tasks = {task.name for _, task, _ in runs}
+    if len(counts) < 2 or len(tasks) > 1:
+        return {}
+    return curves
 
 
 def learning_curves(arms, metric):
@@ -1112,6 +1148,17 @@ def doses_in(arms):
     return doses
 
 
+def aligners_in(arms, metric):
+    """Return {arm: [the aligner's own dev metric in %, a value a seed]} of arms that have one."""
+    aligners = {}
+    for arm, seeds in arms.items():
+        scores = [cell.get("aligner") or {} for cell in seeds.values()]
+        values = [100 * score[metric] for score in scores if metric in score]
+        if values:
+            aligners[arm] = values
+    return aligners
+
+
 def first_cell(seeds):
     """Return one cell to speak for an arm, all of whose seeds have the same teacher."""
     return next(iter(seeds.values()))
@@ -1136,20 +1183,41 @@ def draw_arms(axes, points, controls):
     axes.set_xticks(range(len(points)), points.keys(), rotation=30, ha="right")
 
 
-def draw_doses(axes, points, doses):
-    """Draw an arm's values at its dose, a line through the means, a dashed one for undistilled."""
-    axes.set_xlabel(
-        "dose of the picture, RHO in painter:RHO; dots are seeds, bars 95 % intervals")
-    mean_at = {}
-    for arm, values in points.items():
-        if arm in doses:
-            draw_column(axes, doses[arm], values, "black")
-            mean_at[doses[arm]] = np.mean(values)
-        elif arm == "undistilled":
-            level = axes.axhline(np.mean(values), color="0.4", linestyle="--")
-            axes.legend([level], [arm])
-    ascending = sorted(mean_at)
-    axes.plot(ascending, [mean_at[dose] for dose in ascending], color="black")
+def draw_doses(axes, points, doses, aligners):
+    """Draw an arm's values, and its aligner's, over its dose; a dashed line for undistilled."""
+    axes.set_xlabel("dose of the picture, RHO in painter:RHO; bars are 95 % intervals")
+    for i, (name, values) in enumerate({"student": points, "aligner alone": aligners}.items()):
+        by_dose = {doses[arm]: values[arm] for arm in doses if arm in values}
+        draw_curve(axes, by_dose, i, name)
+    if "undistilled" in points:
+        level = np.mean(points["undistilled"])
+        axes.axhline(level, color="0.4", linestyle=":", label="undistilled")
+    axes.legend()
+
+
+def draw_label_curves(axes, curves):
+    """Draw {curve: {how many labels: [a value a seed]}}, each doubling of them as far apart."""
+    axes.set_xlabel("training texts with a label; bars are 95 % intervals")
+    axes.set_xscale("log", base=2)
+    counts = sorted(set().union(*curves.values()))
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    for i, (curve, by_count) in enumerate(curves.items()):
+        draw_curve(axes, by_count, i, curve)
+    axes.legend(fontsize="small")
+
+
+def draw_curve(axes, by_x, i, label):
+    """Draw {x: [a value a seed]} as a line through the means, number i, with their intervals."""
+    grey = str(0.2 * (i % 4))  # from black, "0"
+    ascending = sorted(by_x)
+    means = [np.mean(by_x[x]) for x in ascending]
+    style = MARKERS[i % len(MARKERS)] + LINES[i % len(LINES)]
+    axes.plot(ascending, means, style, color=grey, label=label)
+    for x in ascending:
+        interval = bootstrap_interval(by_x[x])
+        if interval:
+            axes.plot([x, x], interval, "_-", color=grey)
 
 
 def draw_column(axes, x, values, fill):

@@ -42,17 +42,22 @@ def _mse(a, b):
 def task_loss(logits, labels):
     """task(o, y) = CE(softmax(o), y) for classes and distributions; MSE(relu(o), y) for regression.
     logits (B, C); labels (B,) integers, or (B,) floats where C = 1, or (B, C) floats whose rows sum
-    to 1, or to 0, which asks for nothing. Raises ValueError when the two do not fit together."""
+    to 1. A text without a label (--unlabelled: -100, nan, a row of zeros) counts 0, and the sum is
+    still divided by all B: so the parts of a batch add up to it, however its labels are spread.
+    Raises ValueError when the two do not fit together."""
     logits = _full(logits)
     width = logits.size(-1)
     are_floats = labels.is_floating_point()
     if not are_floats and labels.shape == logits.shape[:1] and width > 1:
-        return F.cross_entropy(logits, labels)
+        # "mean" would divide by the labelled texts, which are 0 in some micro-batches.
+        return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / len(labels)
     if are_floats and width == 1 and labels.numel() == logits.numel():
         # STS-B's scores lie in [0, 5], hence the relu. It is flat below 0, so train.py starts the
         # heads' biases at the mean label (start_biases_at).
         targets = labels.flatten().to(logits.dtype)  # (B,)
         scores = F.relu(logits.flatten())            # (B,)
+        # A missing score is what the head says itself: its difference and its gradient are 0.
+        targets = torch.where(targets.isnan(), scores.detach(), targets)  # (B,)
         return _mse(targets, scores)
     if are_floats and labels.shape == logits.shape:
         # - sum_c y_c log softmax(o)_c, mean over B

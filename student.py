@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -55,7 +56,7 @@ class AnswerOutputs(NamedTuple):
 class StudentModel(nn.Module):
     """A language model with heads: student(input_ids, attention_mask, token_type_ids) -> Outputs.
     With `vocabulary`, V_a's token ids, it generates: given labels (B, L), -100 outside of the
-    answers, it returns AnswerOutputs; without labels the bag is that of the next token.
+    answers, it returns AnswerOutputs; of a text without an answer the bag is the next token's.
     Student, below the fence, is this model and what is done around training: ask, save, split."""
 
     def __init__(self, lm, tokenizer, num_labels, proj_dim, dropout=0.1, orthogonal=False,
@@ -131,7 +132,7 @@ class StudentModel(nn.Module):
         h = h.to(self.heads["aux_classifier"].weight.dtype)   # a LoRA's base may sit in bf16
 
         if self.generates:
-            o, answer_loss = self.answer_logits(out.last_hidden_state, h, labels)  # (B, V_a), (B,)
+            o, answer_loss = self.answer_logits(out.last_hidden_state, prompt, labels)  # (B, V_a)
         else:
             o = self.heads["classifier"](self.drop(h))        # (B, C)
         p = self.heads["projection"](h)                       # (B, d)
@@ -140,30 +141,21 @@ class StudentModel(nn.Module):
             return AnswerOutputs(o, a, p, answer_loss)
         return Outputs(o, a, p)
 
-    def answer_logits(self, states, h, labels):
+    def answer_logits(self, states, prompt, labels):
         """Compute o_s (B, V_a) and the cross entropy of each answer (B,) with the vocabulary head.
-        states (B, L, d_s) are the last layer's, h (B, d_s) the last prompt token's, labels (B, L).
-        Without labels the answer is the one token that comes next; its cross entropy is None."""
+        states (B, L, d_s) are the last layer's, prompt (B, L) marks the prompts' tokens, labels
+        (B, L) or None. A text without an answer has the bag of the one token that comes next, and
+        the cross entropy 0."""
         if labels is None:
-            answer_states = h                                # (B, d_s)
-            counts = [1] * len(h)
-            # The bag is the same whichever token comes: id 0 stands for it.
-            tokens = torch.zeros(len(h), dtype=torch.long, device=h.device)  # (B,)
-        else:
-            # The state at l predicts token l + 1. No logits of prompts are ever made, or (B, L, V)
-            # of them would be gigabytes.
-            is_answer = labels[:, 1:] != -100                # (B, L - 1)
-            counts = is_answer.sum(1).tolist()               # [B], how many are of each answer
-            text, position = is_answer.nonzero(as_tuple=True)      # (N,), N tokens in all answers
-            tokens = send(labels[text, position + 1], h.device)    # (N,)
-            text, position = send(text, h.device), send(position, h.device)
-            answer_states = states[text, position]           # (N, d_s)
+            labels = torch.full(prompt.shape, -100)           # (B, L)
+        # The state at l predicts token l + 1. No logits of prompts are ever made, or (B, L, V)
+        # of them would be gigabytes.
+        text, position, tokens, counts, has_answer = find_answers(labels, prompt)
+        answer_states = states[text, position]                # (N, d_s), N tokens in all answers
         vocabulary_head = self.lm.get_output_embeddings()
         logits = vocabulary_head(answer_states.to(self.lm.dtype))                # (N, V)
         answer_loss, o = answer_losses(logits, tokens, counts, self.vocabulary)  # (B,), (B, V_a)
-        if labels is None:
-            answer_loss = None  # that of token 0, which nobody asked for
-        return o, answer_loss
+        return o, torch.where(has_answer, answer_loss, 0)
 
     def pool(self, out, attention_mask):
         """One vector a text, the same whatever the padding: (B, L, d_s) -> (B, d_s)."""
@@ -175,8 +167,7 @@ class StudentModel(nn.Module):
         # encoders: the first token.
         if not self.decoder:
             return out.last_hidden_state[:, 0]
-        # Where the count of real tokens peaks first.
-        last = attention_mask.cumsum(-1).argmax(-1)  # (B,)
+        last = last_token(attention_mask)  # (B,)
         return out.last_hidden_state[torch.arange(len(last), device=last.device), last]
 
     def layers(self):
@@ -196,6 +187,11 @@ class StudentModel(nn.Module):
         # (ALBERT's one layer is all of them.)
         if len(layers := self.layers()) == self.lm.config.num_hidden_layers > 1:
             layers[-1].gradient_checkpointing = False
+
+
+def last_token(mask):
+    """Return where the last token of each text stands (B,), wherever the padding; mask (B, L)."""
+    return mask.cumsum(-1).argmax(-1)  # where the count of tokens peaks first
 
 
 def is_decoder(config):
@@ -783,6 +779,29 @@ def leave_open(tokenizer):
     front = tokenizer.convert_ids_to_tokens(ids[:len(ids) - len(plain)])
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=[*front, "$A"], special_tokens=list(zip(front, ids)))
+
+
+def find_answers(labels, prompt):
+    """Return where the states stand that predict the tokens of answers, N in all, text after text:
+        text, position    row and column (N,) of each state      tokens    what it predicts (N,)
+        counts            [B], how many are of each text         has_answer    (B,), of each text
+    labels (B, L), on the CPU, are -100 outside of the answers. prompt (B, L) marks the prompts'
+    tokens; what is returned is on its device, but for counts. A text without an answer has one
+    state, its last prompt token's, of which nobody knows what comes next: token 0 stands for it."""
+    device = prompt.device
+    next_tokens = F.pad(labels[:, 1:], (0, 1), value=-100)    # (B, L)
+    is_read = next_tokens != -100                             # (B, L)
+    has_answer = is_read.any(1)                               # (B,)
+    is_read[~has_answer, 0] = True                            # one place, which is set below
+    text, position = is_read.nonzero(as_tuple=True)           # (N,)
+    tokens = next_tokens[text, position].clamp(min=0)         # (N,)
+    counts = is_read.sum(1).tolist()
+    # So far on the CPU: on a GPU each of these lines would wait for it.
+    has_answer = send(has_answer, device)                     # (B,)
+    text = send(text, device)                                 # (N,)
+    last_of_prompt = last_token(prompt)[text]                 # (N,)
+    position = torch.where(has_answer[text], send(position, device), last_of_prompt)  # (N,)
+    return text, position, send(tokens, device), counts, has_answer
 
 
 def linear_maps(lm):

@@ -1237,7 +1237,8 @@ def make_parser():
     parser.add_argument("--cache-dir", metavar="FOLDER", default=CACHE,
                         help="Folder for downloads and vectors.")
     parser.add_argument("--limit", metavar="N", type=int,
-                        help="Use only the first N training texts; default: all of them.")
+                        help="Use only the first N training texts, with a label or without; "
+                             "default: as many as train.py.")
     parser.add_argument("--max-pictures", metavar="N", type=int,
                         help="Make at most N vectors, then stop; default: all of them.")
     parser.add_argument("--verify", action="store_true",
@@ -1263,9 +1264,10 @@ def make_ahead(args):
     examples = load_task(args.task, args.data_dir, args.cache_dir)
     teacher = build_teacher(args.teacher, args.picture_encoder)
     began = time.perf_counter()
-    _, made = open_vectors(teacher, task, examples, args.cache_dir, args.limit, args.max_pictures)
+    limit = args.limit or task.defaults.get("limit")
+    _, made = open_vectors(teacher, task, examples, args.cache_dir, limit, args.max_pictures)
     seconds = time.perf_counter() - began
-    count = len(examples["train"][:args.limit]) + len(examples["dev"])
+    count = len(examples["train"][:limit]) + len(examples["dev"])
     megabytes = 4e-6 * count * teacher.dim
     print(one_line(f"{teacher.name}: {count} vectors of {teacher.dim} numbers, {megabytes:.1f} MB; "
                    f"{made} made now, in {seconds:.1f} s"))

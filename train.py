@@ -36,12 +36,13 @@ from types import SimpleNamespace
 
 from data import (BUILT_IN, CACHE, Parser, UserError, answer_bags, answer_vocabulary, bag_labels,
                   check_available, encode, exit_with_message, find_task, known,
-                  length_grouped_batches, load_task, prepare_console, read_json, seed_of)
+                  length_grouped_batches, load_task, prepare_console, read_json, seed_of,
+                  without_label)
 from teacher import ENCODERS, TEACHERS, build_teacher, open_vectors, split_spec
 
 # An arm is one line of overrides. To claim a gain is to say: armada beats every control, the best
 # one included.
-# DEVIATION: the authors compare with one baseline, without the auxiliary head; here are four
+# DEVIATION: the authors compare with one baseline, without the auxiliary head; here are five
 # controls.
 ARMS = {
     # Controls: no teacher, or the wrong one (is_control() tells them by their weights and pairing).
@@ -49,6 +50,8 @@ ARMS = {
     "undistilled-aux": {"alpha": 0.0, "beta": 0.0},  # with its auxiliary head, as in the method
     "shuffled": {"pairing": "shuffled"},             # the method with other texts' pictures
     "noise": {"pairing": "noise"},                   # with noise of the pictures' mean and variance
+    # No pictures, but all the texts, with soft labels by the undistilled student of the same seed.
+    "self-training": {"alpha": 0.0, "beta": 0.0, "gamma": 0.0, "self_training": True},
     "armada": {},                                    # the method
     # Ablations: the teacher's own vectors, and one part of the method less or otherwise.
     "random-aligner": {"aligner_lr": 0.0},           # never trained
@@ -68,15 +71,16 @@ ARMS = {
 
 # A cell (class Cell, below the fence) is one arm with one seed. Used here are its config and its
 # device; its aligner and student, which are also models[role], with optimizers and scalers by role;
-# data.labels; and two ways from the indices of training examples to inputs: teacher_vectors(rows)
-# gives e, which in the arm `shuffled` are other texts', and token_batch(rows) gives the tokens x.
+# labels, in which -100, nan or a row of zeros stands for none (--unlabelled); and two ways from the
+# indices of training examples to inputs: teacher_vectors(rows) gives e, which in the arm `shuffled`
+# are other texts', and token_batch(rows) gives the tokens x.
 def aligner_batch_loss(cell, rows):
     """Return (L_A, {}) of a batch: the TS Aligner learns the task from the teacher's vectors alone.
 
     rows: the indices of B training examples. The second result holds parts to log: here are none.
     """
     e = send(cell.teacher_vectors(rows), cell.device)  # (B, d_e)
-    y = send(cell.data.labels[rows], cell.device)     # (B,), or (B, |V_a|) bags of answer tokens
+    y = send(cell.labels[rows], cell.device)          # (B,), or (B, |V_a|) bags of answer tokens
     aligner_out = cell.aligner(e)                     # o_t, a_t (B, C), p_t (B, d)
     return aligner_loss(aligner_out, y, cell.config.gamma), {}
 
@@ -90,7 +94,7 @@ def student_batch_loss(cell, rows):
     config = cell.config
     own_rows, rows, counts = shard_rows(rows)         # in one process: rows, rows, [B]
     x = cell.token_batch(own_rows)                    # (B, L) ids, mask ..., also answers to learn
-    y = send(cell.data.labels[rows], cell.device)     # (B,), or (B, |V_a|) bags of answer tokens
+    y = send(cell.labels[rows], cell.device)          # (B,), or (B, |V_a|) bags of answer tokens
     aligner_out = None                                # an arm without a teacher has no aligner
     if cell.aligner:
         # Here it only answers: eval mode, no graph. It costs milliseconds: float32.
@@ -319,6 +323,8 @@ class Config:
         False, "Split the student itself over torchrun's processes, not only the batches.")
     limit: int = option(
         None, "Keep only the first N training examples.", low=2)
+    unlabelled: int = option(
+        0, "Train on the N examples behind --limit as well, without reading their labels.", low=0)
     eval_limit: int = option(
         None, "Score only the first N dev and test examples.", low=1)
     eval_every: int = option(
@@ -326,6 +332,8 @@ class Config:
         low=1)
     keep_best: bool = option(
         False, "Keep the student of the epoch that was best on dev in a folder best/.")
+    self_training: bool = option(
+        False, "Let the seed's undistilled student label what --unlabelled adds.")
     plan: bool = option(
         False, "Tell memory, steps and teacher vectors in advance; load and write nothing.")
     memory: float = option(
@@ -420,7 +428,11 @@ def resolve(config):
         check_names(overrides, f"of the arm {arm!r} in train.py:ARMS")
         replace(config, **overrides)  # which are checked like flags
     check_generation(config)
+    check_self_training(config)
     check_processes(config)
+    if config.unlabelled and not config.limit:
+        raise UserError(f"--unlabelled {config.unlabelled} takes the examples behind the first "
+                        "--limit, which keep their labels: give --limit too")
     if config.memory and not config.plan:
         raise UserError("--memory goes with --plan")
     if config.batch_size % config.micro_batch:
@@ -473,6 +485,18 @@ def check_generation(config):
     if generates and config.max_new_tokens >= config.max_length:
         raise UserError(f"--max-new-tokens {config.max_new_tokens} leaves a prompt no room: "
                         f"--max-length {config.max_length} is for both")
+
+
+def check_self_training(config):
+    """Raise UserError where an arm would ask an undistilled student that is not there by then."""
+    for i, arm in enumerate(config.arms):
+        if not replace(config, **ARMS[arm]).self_training:
+            continue
+        if find_task(config.task).kind == "generate":
+            raise UserError(f"{arm} gives classes or scores, not texts: leave it out of --arms")
+        if "undistilled" not in config.arms[:i] and not config.resume:
+            raise UserError(f"{arm} learns from its seed's undistilled student: name undistilled "
+                            "before it in --arms")
 
 
 def check_processes(config):
@@ -967,6 +991,33 @@ def wants_checkpointing(config, lm, has_cuda):
     return config.grad_checkpoint == "on"
 
 
+def training_rows(config):
+    """Return how many training examples take part, with and without a label; None for all."""
+    return config.limit and config.limit + config.unlabelled
+
+
+def splits_in_use(config, splits):
+    """Return the splits of a task, {split: [Example]}, as far as a run looks at them.
+
+    Here the examples behind the first --limit lose label and answer, so that nothing reads them.
+    UserError where there are fewer than the flags count on.
+    """
+    task = find_task(config.task)
+    there = len(splits["train"])
+    wanted = training_rows(config)
+    if config.unlabelled and there < wanted:
+        raise UserError(f"{task.name} has {there} training examples, --limit {config.limit} and "
+                        f"--unlabelled {config.unlabelled} want {wanted}: lower one of them")
+    train = splits["train"][:config.limit]
+    for example in splits["train"][len(train):wanted]:
+        train.append(without_label(task, example))
+    in_use = {"train": train}
+    for split in splits:
+        if split != "train":
+            in_use[split] = splits[split][:config.eval_limit]
+    return in_use
+
+
 def tiny_texts(task, examples):
     """Return all texts that a student reads or writes: their words are tiny's vocabulary."""
     texts = []
@@ -988,12 +1039,10 @@ class Data:
         if config.student != "tiny":  # first of all, for the student may be unable to
             model_class = AutoModelForCausalLM if generates else AutoModel
             _, tokenizer = load_pretrained(config.student, model_class, weights=False)
-        self.splits = load_task(config.task, config.data_dir, config.cache_dir)
+        examples = load_task(config.task, config.data_dir, config.cache_dir)
+        self.splits = splits_in_use(config, examples)
         self.encoded = {}
-        self.open_teachers(config)
-        for split in self.splits:
-            most = config.limit if split == "train" else config.eval_limit
-            self.splits[split] = self.splits[split][:most]
+        self.open_teachers(config, examples)
         self.num_labels = max(1, len(self.task.labels))  # 1 for a regression
         self.vocabulary = ()                             # V_a, of a task to generate
         if generates:
@@ -1003,8 +1052,11 @@ class Data:
         else:
             self.labels = torch.tensor([example.label for example in self.splits["train"]])  # (N,)
 
-    def open_teachers(self, config):
-        """Make or find the vectors of every teacher that an arm looks at."""
+    def open_teachers(self, config, examples):
+        """Make or find the vectors of every teacher that an arm looks at.
+
+        examples: the whole splits, for a folder of vectors has a row for each line of a file.
+        """
         arms = [replace(config, **ARMS[arm]) for arm in config.arms]
         wanted = [arm.teacher for arm in arms if is_distilled(arm)]
         self.vectors = {}
@@ -1019,7 +1071,7 @@ class Data:
                                 "or less")
             if spec in wanted:
                 self.vectors[spec], _ = open_vectors(
-                    teacher, self.task, self.splits, config.cache_dir, config.limit,
+                    teacher, self.task, examples, config.cache_dir, training_rows(config),
                     config.max_pictures, config.eval_limit)
 
     def make_bags(self, tokenizer):
@@ -1146,6 +1198,9 @@ class Cell:
             for role, model in self.models.items()}
         if not data.encoded:
             data.encode(self.student, config)
+        self.labels = data.labels
+        if config.self_training:
+            self.labels = self.ask_twin()
         if checkpoint:
             self.load(checkpoint)
         self.start_clock()
@@ -1195,6 +1250,27 @@ class Cell:
             latent_dim = self.vectors["dev"]([0]).shape[1]
             self.aligner = TSAligner(latent_dim, data.num_labels, proj_dim=data.dim)
 
+    @torch.no_grad()
+    def ask_twin(self):
+        """Return the labels, those that are missing as this seed's undistilled student gives them.
+
+        They are distributions, float32 (N, C), or the scores of a regression (N,).
+        """
+        twin = load_student(self.folder.parents[1] / "undistilled" / str(self.seed) / "last")
+        twin.to(self.device).eval()
+        labels = self.data.labels.clone()                                     # (N,)
+        read = predictions
+        if self.data.task.kind == "classify":
+            labels = F.one_hot(labels.clamp(min=0), self.data.num_labels).float()  # (N, C)
+            read = partial(torch.softmax, dim=-1)
+        rows = range(len(labels) - self.config.unlabelled, len(labels))
+        for start in range(0, len(rows), self.config.micro_batch):
+            some = rows[start:start + self.config.micro_batch]
+            with self.autocast():
+                out = twin(**self.token_batch(some))
+            labels[some] = read(out.logits.float()).cpu()                     # (n, C) or (n,)
+        return labels
+
     def place_models(self, is_new):
         """Move the models to the device; spread the student over the processes, if several."""
         self.parallel_student = self.student  # what a training step calls
@@ -1205,7 +1281,8 @@ class Cell:
             roles = {"aligner": self.aligner, "student": self.student}  # in the order of an epoch
         self.models = torch.nn.ModuleDict(roles).to(self.device)
         if is_new and self.data.task.kind == "regress":
-            self.start_biases_at(self.data.labels.mean().item())
+            scores = self.data.labels
+            self.start_biases_at(scores[~scores.isnan()].mean().item())
         if world() > 1 and not self.config.fsdp:
             # The aligner is so small that each process trains all of it.
             self.parallel_student = DistributedDataParallel(
@@ -1409,7 +1486,8 @@ def describe(cell):
     """Return what metrics.json says of a finished cell beside the scores of its splits."""
     config = cell.config
     metrics = {"task": cell.data.task.name, "student": config.student, "teacher": config.teacher,
-               "arm": config.arms[0], "seed": cell.seed, "control": is_control(config)}
+               "arm": config.arms[0], "seed": cell.seed, "control": is_control(config),
+               "labelled": len(cell.labels) - config.unlabelled, "unlabelled": config.unlabelled}
     if cell.student.generates:
         metrics["untrained"] = cell.lines[0]["dev"]
     parameters = list(cell.student.parameters())
@@ -1721,8 +1799,7 @@ def examples_at_hand(config):
     folder = Path(config.data_dir or Path(config.cache_dir, "data"))
     if task.name not in BUILT_IN and not config.data_dir and not (folder / task.folder).is_dir():
         return None
-    splits = load_task(task.name, str(folder))
-    return {"train": splits["train"][:config.limit], "dev": splits["dev"][:config.eval_limit]}
+    return splits_in_use(config, load_task(task.name, str(folder)))
 
 
 def planned_rows(config, examples):
@@ -1733,7 +1810,7 @@ def planned_rows(config, examples):
     if not official:
         return None, ""
     train, dev = official
-    rows = min(train, config.limit or train), min(dev, config.eval_limit or dev)
+    rows = min(train, training_rows(config) or train), min(dev, config.eval_limit or dev)
     return rows, "the official counts"
 
 

@@ -10,6 +10,8 @@
     python -m tests.findings bags DATA MODEL # how well frequencies alone predict answers' bags
     python -m tests.findings tune            # the grid behind the defaults of `objects`: 15 min
     python -m tests.findings tune-say        # bags and soft labels of `say/objects`: 6 min
+    python -m tests.findings tune-unlabelled # the epochs for 120 + 480 rows of `objects`: 10 min
+    python -m tests.findings way RUN         # how far each arm came from undistilled to its aligner
 
 They are started by hand, and no test runs them. DATA is a --data-dir, RUN a folder of train.py.
 """
@@ -46,9 +48,9 @@ TUNING_ARMS = (  # (arm, beta)
 
 
 def objects_texts():
-    """The 120 training texts of `objects`, as a teacher gets them."""
+    """The 120 texts that `objects` trains on by default, as a teacher gets them."""
     task = TASKS["objects"]
-    examples = load_task("objects")["train"]
+    examples = load_task("objects")["train"][:120]
     return [task.prompt(example) for example in examples]
 
 
@@ -207,6 +209,36 @@ def print_say(bag, arm, note="", **flags):
     print(f"{bag}  {arm:<11}  {note:<23}  {accuracy}", flush=True)
 
 
+def tune_unlabelled():
+    """Print accuracies over the epochs, where 120 rows with a label train beside 480 without."""
+    torch.set_num_threads(1)
+    for epochs in (10, 20, 40):
+        for arm in ("undistilled", "armada"):
+            accuracy = accuracy_on_test(arm, epochs=epochs, unlabelled=480)
+            print(f"epochs {epochs} {arm:<12} {accuracy}", flush=True)
+
+
+def way(run):
+    """Print how much of its aligner's dev accuracy reached each arm's student.
+
+    0 % is the student that no teacher helps, 100 % is the aligner, which reads the picture.
+    """
+    means = {}  # arm -> (the student's mean accuracy over seeds, its aligner's or None)
+    for folder in sorted(Path(run).iterdir()):
+        cells = [json.loads(path.read_text()) for path in folder.glob("*/metrics.json")]
+        if cells:
+            student = np.mean([cell["dev"]["accuracy"] for cell in cells])
+            aligner = None
+            if cells[0]["aligner"]:
+                aligner = np.mean([cell["aligner"]["accuracy"] for cell in cells])
+            means[folder.name] = student, aligner
+    start, _ = means["undistilled"]
+    for arm, (student, aligner) in means.items():
+        if aligner and aligner > start:  # an untrained one has nothing to give
+            share = 100 * (student - start) / (aligner - start)
+            print(f"{arm:<16} {100 * student:.1f} of {100 * aligner:.1f}: {share:.0f} % of the way")
+
+
 def costs(data_dir):
     """Print the seconds for 1,000 RTE texts of the painter, and of CLIP ViT-L/14's text side.
 
@@ -313,6 +345,8 @@ COMMANDS = {
     "bags": bags,
     "tune": tune,
     "tune-say": tune_say,
+    "tune-unlabelled": tune_unlabelled,
+    "way": way,
 }
 
 

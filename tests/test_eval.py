@@ -876,6 +876,71 @@ def test_arms_are_told_apart_in_grey():
     assert 0 <= min(shades) < max(shades) < 0.8
 
 
+def grid_of_labels(root):
+    """Runs with 30 and 60 labels; armada with and without 30 texts that have none."""
+    for labelled, rest in ((30, 0), (60, 0), (30, 30)):
+        run = root / f"{labelled}-{rest}"
+        for arm in ("undistilled", "armada"):
+            for seed in range(5):
+                accuracy = 0.5 + labelled / 1000 + rest / 100 + seed / 1000
+                write_cell(run, arm, seed, accuracy)
+                path = run / arm / str(seed) / "metrics.json"
+                metrics = json.loads(path.read_text())
+                metrics |= {"labelled": labelled, "unlabelled": rest}
+                path.write_text(json.dumps(metrics))
+
+
+def test_runs_with_more_and_fewer_labels_are_one_figure_beside_them(tmp_path, capsys):
+    """An arm is one curve without and another with unlabelled texts."""
+    pytest.importorskip("matplotlib", reason="matplotlib is optional: pip install matplotlib")
+    grid_of_labels(tmp_path)
+    curves = evaluation.label_curves(list(evaluation.by_run(evaluation.find_cells([tmp_path]))))
+    rest = "armada, and the rest unlabelled"
+    assert set(curves) == {"undistilled", "armada", "undistilled, and the rest unlabelled", rest}
+    assert set(curves["armada"]) == {30, 60}
+    assert curves["armada"][60] == pytest.approx([56.0, 56.1, 56.2, 56.3, 56.4])
+    assert curves[rest].keys() == {30}
+    assert curves[rest][30] == pytest.approx([83.0, 83.1, 83.2, 83.3, 83.4])
+    evaluation.main([str(tmp_path), "--plot"])
+    assert f"wrote {tmp_path / 'label_curve.png'}" in capsys.readouterr().out
+    assert (tmp_path / "label_curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_runs_that_have_as_many_labels_or_other_tasks_have_no_figure_of_labels(tmp_path):
+    grid_of_labels(tmp_path)
+    runs = list(evaluation.by_run(evaluation.find_cells([tmp_path])))
+    as_many = [run for run in runs if run[0].name.startswith("30")]
+    assert evaluation.label_curves(as_many) == {}
+    (folder, _, arms), *others = runs
+    assert evaluation.label_curves([(folder, evaluation.TASKS["cb"], arms), *others]) == {}
+    del arms["armada"][0]["labelled"]  # a run of an earlier version
+    assert evaluation.label_curves([(folder, runs[0][1], arms)]) == {}
+
+
+def test_a_figure_of_labels_or_doses_shows_means_intervals_and_greys():
+    figure = pytest.importorskip("matplotlib.figure", reason="optional: pip install matplotlib")
+    values = [50.0, 51.0, 52.0, 54.0, 58.0]
+    low, high = evaluation.bootstrap_interval(values)
+    axes = figure.Figure().subplots()
+    evaluation.draw_label_curves(axes, {f"curve {i}": {60: values, 30: values} for i in range(4)})
+    curves = [line for line in axes.get_lines() if line.get_label().startswith("curve")]
+    assert [list(line.get_xdata()) for line in curves] == [[30, 60]] * 4
+    assert [list(line.get_ydata()) for line in curves] == [[53.0, 53.0]] * 4
+    assert len({(line.get_marker(), line.get_linestyle()) for line in curves}) == 4
+    assert len({line.get_color() for line in curves}) == 4
+    bars = [line for line in axes.get_lines() if line not in curves]
+    assert [list(bar.get_ydata()) for bar in bars] == [[low, high]] * 8
+
+    axes = figure.Figure().subplots()
+    points = {"undistilled": values, "dose-0.5": values, "armada": values}
+    aligners = {"dose-0.5": [40.0], "armada": [60.0]}
+    evaluation.draw_doses(axes, points, {"armada": 1.0, "dose-0.5": 0.5}, aligners)
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert list(lines["student"].get_ydata()) == [53.0, 53.0]
+    assert list(lines["aligner alone"].get_ydata()) == [40.0, 60.0]
+    assert list(lines["undistilled"].get_ydata()) == [53.0, 53.0]
+
+
 def test_a_missing_matplotlib_is_one_line_with_the_pip_command(finished, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit) as stop:

@@ -82,6 +82,61 @@ def test_a_one_hot_distribution_is_a_class():
     assert task_loss(logits, one_hot).item() == pytest.approx(expected)
 
 
+KNOWN = torch.tensor([True, False, True, False, False])  # (B,), which texts have a label
+
+
+def labels_of_every_kind():
+    """{kind: (the width of its logits, labels of B texts, the same with NO label where not KNOWN)}.
+
+    Built by hand and not by data.py, so that a slip there cannot hide one here.
+    """
+    scores = torch.tensor([1.0, 2.5, 4.0, 0.5, 3.0], dtype=torch.float64)
+    bags = torch.softmax(randn(B, C), -1)
+    return {
+        "class": (C, CLASSES, CLASSES.where(KNOWN, torch.tensor(-100))),
+        "score": (1, scores, scores.where(KNOWN, torch.tensor(math.nan))),
+        "bag": (C, bags, bags * KNOWN[:, None])}
+
+
+@pytest.mark.parametrize("kind", ["class", "score", "bag"])
+def test_a_text_without_a_label_counts_0_and_the_sum_is_divided_by_all_texts(kind):
+    """Oracle: the labelled texts alone, one by one, and B. Its gradient is 0, and never nan."""
+    width, labels, some = labels_of_every_kind()[kind]
+    logits = (2 + randn(B, width)).requires_grad_()  # above the relu's edge
+    oracle = sum(task_loss(logits[[i]], labels[[i]]) for i in range(B) if KNOWN[i]) / B
+    torch.testing.assert_close(task_loss(logits, some), oracle, rtol=1e-12, atol=0)
+    expected, = torch.autograd.grad(oracle, logits)
+    gradient, = torch.autograd.grad(task_loss(logits, some), logits)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
+    assert (gradient[~KNOWN] == 0).all()
+    assert torch.autograd.gradcheck(lambda logits: task_loss(logits, some), logits)
+
+
+@pytest.mark.parametrize("kind", ["class", "score", "bag"])
+def test_pieces_of_a_batch_add_up_to_it_however_its_labels_are_spread(kind):
+    """A mean over labelled texts would not: the last piece here has none, and would be 0 / 0."""
+    width, _, some = labels_of_every_kind()[kind]
+    logits = randn(B, width)
+    total = 0.0
+    for piece in (slice(0, 2), slice(2, 3), slice(3, 5)):
+        total += len(logits[piece]) / B * task_loss(logits[piece], some[piece]).item()
+    assert total == pytest.approx(task_loss(logits, some).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_where_every_text_has_a_class_the_loss_is_torchs_mean_bit_for_bit(dtype):
+    """So that runs without --unlabelled repeat what they gave before it was there."""
+    for count in range(1, 70):
+        logits = torch.randn(count, C, dtype=dtype, requires_grad=True)
+        classes = torch.randint(C, (count,))
+        ours = task_loss(logits, classes)
+        theirs = F.cross_entropy(logits, classes)
+        assert torch.equal(ours, theirs)
+        our_gradient, = torch.autograd.grad(ours, logits)
+        their_gradient, = torch.autograd.grad(theirs, logits)
+        assert torch.equal(our_gradient, their_gradient)
+
+
 MISFITS = {
     "one float for several logits": ((B, C), torch.zeros(B)),
     "a class for one logit": ((B, 1), torch.zeros(B, dtype=torch.long)),

@@ -153,6 +153,27 @@ def test_two_processes_have_the_gradient_of_one_on_the_same_batch(kinds_of_stude
         assert mine_logged == pytest.approx(theirs_logged, rel=1e-5, abs=1e-7)
 
 
+def test_rows_without_a_label_are_divided_over_processes_and_micro_batches_exactly(
+        kinds_of_student, official, tmp_path):
+    """A process, or a micro-batch, may have no labelled row: its share of the sum is 0."""
+    half = OBJECTS | {"limit": 16, "unlabelled": 16, "batch_size": 32}
+    scores = OBJECTS | {"task": "stsb", "data_dir": official, "limit": 4, "unlabelled": 8}
+    texts = kinds_of_student["generates"] | {"limit": 4, "unlabelled": 5}
+    mixed = [0, 20, 1, 21, 22, 23]  # the first process has 0, 1 and 22, the second no label
+    cases = [(half, mixed), (half, [20, 21, 22]), (scores, [0, 7, 1, 8, 9]), (texts, [0, 7, 1])]
+    whole = [*range(24, 32), *range(8), *range(16, 20), *range(8, 12), *range(20, 24),
+             *range(12, 16)]
+    cases += [(half, whole), ({**half, "micro_batch": 8}, whole)]  # 8 without, 8 with, 4 and 4 ...
+    two, _ = on_two(tmp_path, gradients, cases, tmp_path / "two")
+    one = gradients(cases, tmp_path / "one")
+    for (mine, mine_logged), (theirs, theirs_logged) in zip(two, one):
+        assert sum(g.abs().sum() for g in theirs.values()) > 1e-3
+        close(mine, theirs, 1e-6)
+        assert mine_logged == pytest.approx(theirs_logged, rel=1e-5, abs=1e-7)
+    (in_one, _), (in_pieces, _) = one[-2:]
+    close(in_pieces, in_one, 1e-6)
+
+
 def test_ten_steps_of_two_processes_end_at_the_weights_of_one(kinds_of_student, tmp_path):
     cases = [*kinds_of_student.values()]
     both = on_two(tmp_path, ten_steps, cases, tmp_path / "two")

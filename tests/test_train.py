@@ -397,7 +397,7 @@ def test_every_flag_of_the_losses_reaches_them(tmp_path, monkeypatch):
 
 
 DISTILLED = [arm for arm, overrides in ARMS.items()
-             if is_distilled(resolve(Config(task="objects", **overrides)))]
+             if is_distilled(dataclasses.replace(resolve(Config(task="objects")), **overrides))]
 
 
 @pytest.mark.parametrize("arm", DISTILLED)
