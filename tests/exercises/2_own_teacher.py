@@ -10,8 +10,8 @@ dose: `mine:RHO` mixes what it knows with noise, so that its effect can be turne
 If a student learns from dose 1 and not from dose 0, it was the teacher's knowledge that did it.
 
 WHERE TO LOOK. teacher.py: the docstring of class Teacher is the contract, class Painter an example
-with a dose. data.py:OBJECTS maps a name to (size in cm, colour, shape). The words of a question are
-found with re.findall(r"\\w+", text.lower()); one that is no object tells you nothing.
+with a dose; Painter.paint shows how a text's words are found. data.py:OBJECTS maps a name to (size
+in cm, colour, shape); a word that is no object tells you nothing.
 
 WHAT TO CHANGE.
 1. teacher.py: a subclass of Teacher, registered as "mine" in TEACHERS.

@@ -21,8 +21,8 @@ WHAT TO CHANGE, all of it in train.py.
 
 THEN, these must be green (README, "In one sitting", wants a new number of lines and says which):
 
-    python -m pytest tests/test_train.py -k "pairing or arm or shuffling"
-    python -m pytest tests/test_layout.py
+    python -m pytest tests/test_train.py -k "pairing or share or shuffling"
+    python -m pytest tests/test_layout.py -k readme
 
 AND RUN IT, about a minute:
 

@@ -257,9 +257,8 @@ def read_texts(task, path):
 
 
 '''),
-    before("train.py", "                  without_label)\n", '''\
-                  read_texts,
-'''),
+    Change("train.py", "seed_of,\n                  without_label)",
+           "\n                  read_texts, seed_of, without_label)"),
     before("train.py", "    eval_limit: int = option(\n", '''\
     unlabelled_file: str = option(
         None, "Text file, one text a line, that --unlabelled takes its N from.")
