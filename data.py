@@ -140,8 +140,8 @@ ALPACA = (
 )
 
 
-# What all tasks that generate override in train.Config. A bag of tokens that is flattened at T = 5
-# is nearly the same for every text, and T^2 = 25 of its KL drowns the language model.
+# What all tasks that generate override in train.Config. Flattened at T = 5 a bag of tokens may be
+# nearly the same for every text, and T^2 = 25 times its KL drowns the language model.
 GENERATION = {"temperature": 1.0}
 
 

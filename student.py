@@ -232,8 +232,8 @@ class LoRA(nn.Module):
         weight = self.base.weight
         update = self.scale * self.lora_B.weight @ self.lora_A.weight   # (out, in)
         # Summed in float32 and rounded once. W in bf16 lies on a grid whose step is a 128th to a
-        # 256th of W, and an update of less than half a step is lost. Of what a LoRA changes in the
-        # logits 1 % is while its B is about .001, a few steps at the usual rate; later less.
+        # 256th of W, and an update of less than half a step is lost: much of what a LoRA changes
+        # while its B is still about .0001, little once B is ten times as large.
         weight.data = (weight + as_held(self.base, update)).to(weight.dtype)
         return self.base
 

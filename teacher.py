@@ -421,10 +421,11 @@ class StableDiffusion(Pictures):
         seed = seeded_generator("stable-diffusion", text).integers(2**63)
         generator = torch.Generator().manual_seed(int(seed))
         pipe = self.pipes[stage]
-        # Each picture gets a scheduler as it was loaded. A used one keeps its table of noise levels
-        # on the GPU since image to image put it there (add_noise of diffusers), and what is taken
-        # from there is rounded to the picture's float16 before they are multiplied, while numbers
-        # from the CPU are not: the first text of a process had another vector than ever after.
+        # Each picture gets a scheduler as it was loaded. On a GPU the first text of a process had
+        # another vector than ever after. Very likely, though nobody has seen it happen, since image
+        # to image puts the scheduler's table of noise levels on the GPU (add_noise of diffusers),
+        # and a number from there is rounded to the picture's float16 before they are multiplied,
+        # while a number from the CPU is not.
         pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config)
         with fixed_arithmetic():
             return pipe(text, generator=generator, **self.recipe[stage], **more).images[0]

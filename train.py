@@ -846,7 +846,9 @@ def init_processes(config):
         torch.cuda.set_device(number_from_torchrun("LOCAL_RANK"))
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         number_from_torchrun(name)
-    dist.init_process_group(timeout=timedelta(days=7))  # the teacher may draw for as long
+    # Without a name torch takes NCCL wherever there is a GPU, and NCCL sends nothing from a CPU.
+    backend = None if wants_cuda(config) else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=7))  # the teacher may draw for as long
     if not is_first():
         sys.stdout = open(os.devnull, "w")
 
@@ -1643,6 +1645,7 @@ def generating_memory(config, student, aligner_size=0):
     """Return {part: bytes} at the peak of generating micro_batch answers, between two epochs.
 
         peak = weights + moments + keys and values, 2 n d_kv numbers for each token of n layers
+               + a copy of the maps that a LoRA is merged into
     """
     lm_config = student.lm.config
     heads = first_setting(lm_config, ("num_attention_heads",), 1)
@@ -1651,8 +1654,10 @@ def generating_memory(config, student, aligner_size=0):
     number = 4 if config.amp == "off" else 2  # bytes
     tokens = config.micro_batch * config.max_length
     kept = 2 * lm_config.num_hidden_layers * key_width * number * tokens
+    merged = sum(lora.base.weight.numel() for lora in student.loras().values())
     parts = training_memory(config, student, aligner_size)
-    return parts | {"gradients": 0, "copies": 0, "logits": 0, "activations": kept}
+    return parts | {
+        "gradients": 0, "copies": number * merged, "logits": 0, "activations": kept}
 
 
 def peak_memory(config, student, aligner_size=0):

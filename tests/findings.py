@@ -9,7 +9,7 @@
     python -m tests.findings said RUN        # how much of its sentences each arm has right
     python -m tests.findings bags DATA MODEL # how well frequencies alone predict answers' bags
     python -m tests.findings tune            # the grid behind the defaults of `objects`: 15 min
-    python -m tests.findings tune-say        # bags and soft labels of `say/objects`: 6 min
+    python -m tests.findings tune-say        # bags and soft labels of `say/objects`: 7 min
     python -m tests.findings tune-unlabelled # the epochs for 120 + 480 rows of `objects`: 10 min
     python -m tests.findings way RUN         # how far each arm came from undistilled to its aligner
 
@@ -187,8 +187,14 @@ def auxiliary_alone(student_out, aligner_out, *args, **weights):
     return student_loss(student_out, aligner_out, *args, **weights)
 
 
+def answer_within(*args, alpha, answer_loss, **weights):
+    """student_loss as it was, with the answer's cross entropy inside of (1 - alpha)."""
+    total, parts = student_loss(*args, alpha=alpha, answer_loss=answer_loss, **weights)
+    return total - alpha * answer_loss, parts
+
+
 def tune_say():
-    """Print accuracies on `say/objects` over bags, soft labels and T: 11 lines, 55 cells."""
+    """Print accuracies on `say/objects` over bags, soft labels and T: 14 lines, 70 cells."""
     torch.set_num_threads(1)
     print_say("whole output", "undistilled")
     bags = {"whole output": answer_bags, "what differs": bags_that_differ,
@@ -197,10 +203,15 @@ def tune_say():
         with patch.object(training, "answer_bags", make_bags):
             for arm in ("no-output", "armada"):
                 print_say(bag, arm)
+    with patch.object(training, "answer_bags", bags_of_answers):
+        print_say("answer alone", "armada", "temperature 5.0", temperature=5.0)
     for flag, value in (("alpha", 0.2), ("alpha", 0.0), ("temperature", 5.0)):
         print_say("whole output", "armada", f"{flag} {value}", **{flag: value})
     with patch.object(training, "student_loss", auxiliary_alone):
         print_say("whole output", "armada", "soft labels of one head")
+    with patch.object(training, "student_loss", answer_within):
+        print_say("whole output", "armada", "answer within (1 - a)")
+        print_say("whole output", "armada", "the same, temperature 5", temperature=5.0)
 
 
 def print_say(bag, arm, note="", **flags):

@@ -235,6 +235,12 @@ def test_answers_to_generate_have_logits_and_keys():
     assert parts["logits"] >= 4 * 64 * 8 * VOCABULARY  # (N, V) float32
     keys_and_values = 4 * 2 * 2 * 64 * 32 * 32  # bytes, both, layers, texts, tokens, width
     assert generating_memory(config, student)["activations"] == keys_and_values
+    assert generating_memory(config, student)["copies"] == 0
+    adapted = imagine_student(replace(config, lora=2), sized("llama", 32, 2), 1024)
+    merged = 2 * 2 * 32 * 64  # layers, maps to queries and values, width in and out
+    for amp, number in (("off", 4), ("bf16", 2)):  # bytes
+        parts = generating_memory(replace(config, lora=2, amp=amp), adapted)
+        assert parts["copies"] == number * merged
 
 
 @pytest.mark.parametrize("family", FAMILIES_MEASURED)
