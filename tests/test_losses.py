@@ -276,7 +276,7 @@ def test_the_per_example_loss_does_see_it():
     p_t = randn(B, D)
     order = torch.tensor([3, 0, 4, 1, 2])
     assert manifold_loss(p_t, p_t, "manifold") == 0
-    assert manifold_loss(p_t[order], p_t, "manifold") > 0
+    assert manifold_loss(p_t[order], p_t, "manifold") > 0.1
 
 
 def test_the_batch_mean_loss_is_at_most_the_per_example_loss():
