@@ -214,10 +214,11 @@ def run(cell):
                 print_scores(cell, epoch + 1, means, scores)
 
             # Save. The last step's student is saved by finish().
-            if interrupt.pressed or (is_due and cell.checkpoint_is_due()):
+            stops = interrupt.pressed  # asked once: a signal may come between save and raise
+            if stops or (is_due and cell.checkpoint_is_due()):
                 cell.save("last")
             cell.lap("files")
-            if interrupt.pressed:
+            if stops:
                 raise Stopped(interrupt.number)
             pending_logs = PendingLogs(cell)
     finish(cell)

@@ -687,6 +687,22 @@ def test_a_closed_terminal_loses_nothing(tmp_path):
     assert steps_done(out / "armada/0/last") > 0
 
 
+def test_a_signal_that_comes_after_the_question_of_saving_is_answered_at_the_next_step(
+        tmp_path, monkeypatch):
+    """Between that question and the end of the run lies an instant in which nothing was saved."""
+    lap = Cell.lap
+
+    def late_signal(cell, part):
+        lap(cell, part)
+        if part == "files" and cell.done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Cell, "lap", late_signal)
+    with pytest.raises(training.Stopped):
+        run(cell_of(tmp_path))
+    assert steps_done(tmp_path / "last") == 4
+
+
 def test_a_process_killed_by_the_system_is_resumed_from_its_last_checkpoint(tmp_path, whole):
     """SIGKILL, which no handler sees, as soon as there is a checkpoint."""
     out = tmp_path / "run"
