@@ -40,9 +40,6 @@ from data import (SHORT_NAMES, UserError, check_available, check_text, collate, 
 from losses import answer_losses, predictions
 
 POOLED = ("bert", "roberta", "xlm-roberta")  # whose pooler_output is read
-LORA_TARGETS = (  # what families call their maps to queries and to values, or one map to both
-    "q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "q_lin", "v_lin", "q", "v",
-    "q_head", "v_head", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")
 
 
 class AnswerOutputs(NamedTuple):
@@ -68,7 +65,6 @@ class StudentModel(nn.Module):
         self.decoder = is_decoder(lm.config)
         # The longest text that tokenizer and position table allow; OPT's tokenizer alone says 1e30.
         self.max_tokens = min(tokenizer.model_max_length, count_positions(lm))
-        self.compiled = False
 
         # All that load_student() needs to build the same student again; save() writes it.
         if not lora:
@@ -258,6 +254,10 @@ def add_lora(lm, rank):
 
 # ---- the method ends here; below is bookkeeping ----
 
+LORA_TARGETS = (  # what families call their maps to queries and to values, or one map to both
+    "q_proj", "v_proj", "query", "value", "query_proj", "value_proj", "q_lin", "v_lin", "q", "v",
+    "q_head", "v_head", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj")
+
 PEFT_PREFIX = "base_model.model."  # what peft puts before the names of a model's tensors
 
 transformers.logging.set_verbosity_error()  # its load report lists heads, left out on purpose
@@ -268,6 +268,8 @@ class Student(StudentModel):
     """A StudentModel and all that is done with one beside a training step.
     It answers (answers, generate, predict), holds its weights another way (round_frozen_weights,
     merge, shard), and is written (state, save)."""
+
+    compiled = False  # until compile_blocks()
 
     # ---- what it answers ----
     def answers(self, rows, batch_size=64, autocast=nullcontext, keep=0):
@@ -470,7 +472,7 @@ class Student(StudentModel):
             block.compile(dynamic=True)
         self.compiled = True
         try:
-            with torch.random.fork_rng(), autocast():
+            with torch.random.fork_rng(devices=[]), autocast():
                 out = self(**self.batch(_trial_rows(self)))
                 sum(tensor.float().sum() for tensor in out).backward()
         except Exception as error:  # of many kinds: of the compiler's, and of the C++ compiler's
@@ -982,13 +984,16 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def wants_cuda(config):
-    """Whether a run with these flags trains on a GPU here."""
-    if config.device == "auto":
-        # The matrices of tiny are done before a GPU has started a kernel: 27 s on a CPU, 37 s on an
-        # H200 (tests/RESULTS.md).
-        return torch.cuda.is_available() and config.student != "tiny"
-    return config.device.startswith("cuda")
+def wants_cuda(config, has_cuda=None):
+    """Whether a run with these flags trains on a GPU; has_cuda: of a machine that has one, or by
+    default of this one."""
+    if config.device != "auto":
+        return config.device.startswith("cuda")
+    if has_cuda is None:
+        has_cuda = torch.cuda.is_available()
+    # The matrices of tiny are done before a GPU has started a kernel: 27 s on a CPU, 37 s on an
+    # H200 (tests/RESULTS.md).
+    return has_cuda and config.student != "tiny"
 
 
 def precision(config):

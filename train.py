@@ -174,10 +174,9 @@ def run(cell):
     config = cell.config
     steps = cell.steps_per_epoch                      # of each role
     peak_rates = {"aligner": config.aligner_lr, "student": config.lr}
-    cell.start_clock()
-    log_untrained(cell)
     if cell.device.type == "cuda":
         rehearse(cell)
+    log_untrained(cell)
     with interruptible() as interrupt, progress_bar(cell, schedule(cell)) as bar:
         pending_logs = PendingLogs(cell)
         for count, (epoch, role, step, rows) in enumerate(bar, 1):
@@ -617,8 +616,7 @@ import eval as evaluation
 from align import TSAligner
 from losses import PER_EXAMPLE, aligner_loss, predictions, student_loss, task_loss
 from student import (Student, _tiny, build_student, is_decoder, load_config, load_pretrained,
-                     load_student, precision, rank, send, tiny_tokenizer,
-                     wants_cuda, world)
+                     load_student, precision, rank, send, tiny_tokenizer, wants_cuda, world)
 
 
 # ---- small pieces of the loop ----
@@ -1186,7 +1184,6 @@ class Cell:
         self.lines = []      # of log.jsonl
         self.answers = None  # to the dev split, when last evaluated
         self.last_saved = time.perf_counter()
-        self.seconds_of_save = None  # of the last checkpoint, when there was one
         checkpoint = self.find_checkpoint()
         self.build_student(checkpoint)
         self.build_aligner()
@@ -1206,8 +1203,11 @@ class Cell:
             self.labels = self.ask_twin()
         if checkpoint:
             self.load(checkpoint)
-        self.start_clock()
+        # Of the last checkpoint. Before the first: 12 bytes for each weight and its two moments, at
+        # half a gigabyte a second, which is a slow disk.
+        self.seconds_of_save = 12 * count_trained(self.student) / 0.5e9
         self.start_log()
+        self.lap_began = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -1320,10 +1320,6 @@ class Cell:
         """Return the student's input: {"input_ids", "attention_mask" ...: (B, L)}."""
         return self.student.batch([self.data.encoded["train"][row] for row in rows])
 
-    def start_clock(self):
-        """Begin to count seconds, from now on."""
-        self.lap_began = time.perf_counter()
-
     def lap(self, part):
         """Count the seconds since the last call as spent on a part: steps, evaluation or files."""
         now = time.perf_counter()
@@ -1385,16 +1381,12 @@ class Cell:
         """Whether an evaluation should be followed by a checkpoint.
 
         Files of a large student take longer to write than its epochs to train. So that they take
-        about 5 % of a run's time, the next one waits 20 times as long as the last one took; the
-        first one is reckoned from its size. After the last step finish() saves the student.
+        about 5 % of a run's time, the next one waits 20 times as long as the last one took. After
+        the last step finish() saves the student.
         """
         if self.done == self.total_steps:
             return False
-        seconds = self.seconds_of_save
-        if seconds is None:
-            # Weights and two moments, 4 bytes each; half a gigabyte a second is a slow disk.
-            seconds = 12 * count_trained(self.student) / 0.5e9
-        is_due = time.perf_counter() - self.last_saved > 20 * seconds
+        is_due = time.perf_counter() - self.last_saved > 20 * self.seconds_of_save
         return from_rank0(lambda: is_due)  # clocks differ, and all must take part
 
     def log(self, line):
@@ -1679,9 +1671,7 @@ def total_bytes(parts):
 
 def on_cuda(config):
     """Whether the run that is planned, perhaps for another machine, has a GPU."""
-    if config.device == "auto":
-        return config.student != "tiny"
-    return config.device.startswith("cuda")
+    return wants_cuda(config, has_cuda=True)
 
 
 def imagine_student(config, lm_config, proj_dim):

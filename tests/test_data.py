@@ -806,8 +806,8 @@ def test_blank_lines_are_no_rows_and_lines_keep_their_numbers(tmp_path):
 
 def write_answers(folder, answers):
     """A folder whose addsub test has these answers, one row each."""
-    rows = [{"instruction": "how many?", "input": "", "output": "The answer is 7.", "answer": answer}
-            for answer in answers]
+    question = {"instruction": "how many?", "input": "", "output": "The answer is 7."}
+    rows = [{**question, "answer": answer} for answer in answers]
     (folder / "reasoning/AddSub").mkdir(parents=True)
     (folder / "reasoning/train_math.json").write_text(json.dumps(rows[:1] * 2))
     (folder / "reasoning/AddSub/test.json").write_text(json.dumps(rows))
@@ -972,8 +972,9 @@ def test_a_tokenizer_that_knows_no_places_is_refused_where_they_are_needed():
     byte_tokenizer = transformers.ByT5Tokenizer()
     short = [example_of("cola", sentence="good")]
     assert len(encode(TASKS["cola"], short, byte_tokenizer, 8, False)[0]) == 1
+    long = [example_of("cola", sentence="good morning")]
     with pytest.raises(UserError, match="where in a text its tokens stand"):
-        encode(TASKS["cola"], [example_of("cola", sentence="good morning")], byte_tokenizer, 8, False)
+        encode(TASKS["cola"], long, byte_tokenizer, 8, False)
 
 
 # ---- servers and archives of any sort ----------------------------------------------------------
@@ -1130,7 +1131,8 @@ def test_the_batches_of_one_pool_come_in_no_order_of_length_either():
 
 def test_collate_asks_for_no_token_beside_an_answer():
     """-100 is "no loss"; a label 0 would be a token to learn."""
-    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}]
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+            {"input_ids": [8, 9], "labels": [-100, 9]}]
     assert collate(rows, pad_id=0)["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
     assert collate(rows, 0, "left")["labels"].tolist() == [[-100, 6, 7], [-100, -100, 9]]
 

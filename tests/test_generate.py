@@ -539,7 +539,9 @@ def test_a_rounded_base_is_merged_with_one_rounding():
     linear = torch.nn.Linear(64, 64, bias=False)
     lora = LoRA(linear, 4)
     torch.nn.init.normal_(lora.lora_B.weight)
-    update = lora.scale * lora.lora_B.weight.detach().double() @ lora.lora_A.weight.detach().double()
+    down = lora.lora_A.weight.detach().double()
+    up = lora.lora_B.weight.detach().double()
+    update = lora.scale * up @ down
     linear.weight.data = (torch.randn(64, 64) * 0.01 - update).bfloat16()
     exact = linear.weight.detach().double() + update             # (64, 64)
     merged = lora.merged().weight.detach().double()

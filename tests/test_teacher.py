@@ -688,7 +688,8 @@ def test_vectors_are_looked_at_after_their_division_too(folder, train, dev, wher
     rows[5] = train or 3e37
     np.save(folder / "train.npy", rows)
     np.save(folder / "dev.npy", np.array([[rows[0, 0]] * 5, [dev] * 5, [0.0] * 5], np.float32))
-    with pytest.raises(UserError, match=f"vector for '{where}' whose largest number is .* out of scale"):
+    says = f"vector for '{where}' whose largest number is .* out of scale"
+    with pytest.raises(UserError, match=says):
         opened(build_teacher(f"vectors:{folder}"), folder, "abcdef", "abc")
 
 @pytest.mark.parametrize("size", [1e-44, 1e-30, 1.0, 3e37])
@@ -700,7 +701,8 @@ def test_vectors_of_one_size_are_near_one_after_their_division_whatever_the_size
     found, _ = opened(build_teacher(f"vectors:{folder}"), folder, "abcdef", "abc")
     expected = np.full((6, 5), (6 / 5) ** 0.5)
     expected[3] = 0
-    np.testing.assert_allclose(found["train"](range(6)), expected, rtol=0.1 if size < 1e-38 else 1e-6)
+    rtol = 0.1 if size < 1e-38 else 1e-6
+    np.testing.assert_allclose(found["train"](range(6)), expected, rtol=rtol)
 
 
 # ---- CLIP ----
@@ -822,7 +824,8 @@ def test_a_replaced_picture_is_looked_at_again(pictures, tmp_path):
 def grey(*shades):
     return [[shade] * 3 for shade in shades]
 
-# mode, the bytes of its pixels, what pillow notes beside them, the colours a person sees on white paper
+# mode, the bytes of its pixels, what pillow notes beside them,
+# the colours a person sees on white paper
 MODES = [
     ("1", b"\x80", {}, grey(255, 0)), ("1", b"\x80", {"transparency": 0}, grey(255, 255)),
     ("L", b"\0\x64", {}, grey(0, 100)), ("L", b"\0\x64", {"transparency": 0}, grey(255, 100)),
@@ -834,9 +837,11 @@ MODES = [
     ("RGBa", bytes([9, 99, 199, 255, 51, 0, 0, 51]), {}, [[9, 99, 199], [255, 204, 204]]),
     ("RGBX", bytes([9, 99, 199, 0]), {}, [[9, 99, 199]]),
     ("CMYK", bytes([255, 51, 0, 0, 0, 0, 0, 55]), {}, [[0, 204, 255], [200] * 3]),
-    ("YCbCr", bytes([100, 128, 128, 100, 128, 178]), {}, [[100] * 3, [170, 64, 100]]),  # R - Y = 1.402 * 50
+    ("YCbCr", bytes([100, 128, 128, 100, 128, 178]), {},
+     [[100] * 3, [170, 64, 100]]),  # R - Y = 1.402 * 50
     ("HSV", bytes([0, 255, 255, 85, 255, 100]), {}, [[255, 0, 0], [0, 100, 0]]),
-    ("LAB", bytes([255, 0, 0, 0, 0, 0, 136, 0, 0]), {}, grey(255, 0, 127)),  # L* of 53.4 is mid grey
+    ("LAB", bytes([255, 0, 0, 0, 0, 0, 136, 0, 0]), {},
+     grey(255, 0, 127)),  # L* of 53.4 is mid grey
     ("I;16", struct.pack("<3H", 0, 25700, 65535), {}, grey(0, 100, 255)),
     ("I;16", struct.pack("<2H", 257, 514), {}, grey(1, 2)),  # dark, and not stretched
     ("I;16", struct.pack("<2H", 25700, 0), {"transparency": 0}, grey(100, 255)),
@@ -886,8 +891,8 @@ def test_a_picture_is_turned_upright_as_its_camera_says(form):
     image = pytest.importorskip("PIL.Image", reason="pillow is optional: pip install pillow")
     upright = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-              5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1),
-              8: np.rot90(upright, -1)}
+              5: upright.swapaxes(0, 1), 6: np.rot90(upright),
+              7: np.rot90(upright, 2).swapaxes(0, 1), 8: np.rot90(upright, -1)}
     for orientation, pixels in stored.items():
         exif = image.Exif()
         exif[0x0112] = orientation
@@ -897,7 +902,8 @@ def test_a_picture_is_turned_upright_as_its_camera_says(form):
     assert (np.asarray(open_picture(damaged)) == upright).all()
 
 def test_of_an_animation_the_first_frame_is_seen():
-    red, blue = (pytest.importorskip("PIL.Image").new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    image = pytest.importorskip("PIL.Image")
+    red, blue = (image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
     for form in ("gif", "png", "tiff", "webp"):
         more = {"lossless": True} if form == "webp" else {}
         content = in_file(red, form, save_all=True, append_images=[blue], **more)
@@ -908,9 +914,10 @@ def test_different_pictures_are_different_vectors(tmp_path):
     image = pytest.importorskip("PIL.Image", reason="pillow is optional: pip install pillow")
     image.new("I;16", (20, 20), 51 * 257).save(tmp_path / "grey.png")
     image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    (tmp_path / "manifest.jsonl").write_text("\ufeff" + "\n\n".join(
-        json.dumps({"text": name, "file": f"{name}.png"}) for name in ("grey", "clear")) + "\n \n", "utf-8")
-    vectors = build_teacher(f"images:{tmp_path}").encode(["grey", "clear"])  # a BOM, empty lines
+    lines = [json.dumps({"text": name, "file": f"{name}.png"}) for name in ("grey", "clear")]
+    manifest = "\ufeff" + "\n\n".join(lines) + "\n \n"  # a BOM, empty lines
+    (tmp_path / "manifest.jsonl").write_text(manifest, "utf-8")
+    vectors = build_teacher(f"images:{tmp_path}").encode(["grey", "clear"])
     np.testing.assert_allclose(vectors, np.array([[-0.6] * 768, [1] * 768]), atol=1e-6)
 
     class Glass(Pictures):
@@ -934,11 +941,14 @@ def test_a_picture_that_is_too_large_is_one_line(pictures, tmp_path, capfd):
 
 @pytest.mark.parametrize("line, says", [
     ('{"text": "d", "file": "../secret.png"}', "4: .*no file inside"), ("[1]", "manifest.jsonl:4"),
-    ('{"text": "d", "file": "/etc/passwd"}', "no file inside"), ('{"file": "a.png"}', "manifest.jsonl:4"),
+    ('{"text": "d", "file": "/etc/passwd"}', "no file inside"),
+    ('{"file": "a.png"}', "manifest.jsonl:4"),
     ('{"text": "d"', "manifest.jsonl:4"), ('{"text": "d", "file": "d.png"}', "no file inside"),
-    ("[" * 100_000, "manifest.jsonl:4"), ('{"text": "d", "file": ' + "9" * 5000 + "}", "manifest.jsonl:4"),
+    ("[" * 100_000, "manifest.jsonl:4"),
+    ('{"text": "d", "file": ' + "9" * 5000 + "}", "manifest.jsonl:4"),
     ('{"text": "d", "file": 5}', "4: 5 is no file inside"),
-    ('{"text": "d", "file": ["a.png"]}', "no file inside"), ('{"text": "d", "file": ""}', "no file inside"),
+    ('{"text": "d", "file": ["a.png"]}', "no file inside"),
+    ('{"text": "d", "file": ""}', "no file inside"),
     ('{"text": "d", "file": "a\\u0000.png"}', "no file inside"),
     ('{"text": "d", "file": "\\ud800"}', "4: .*no file inside"),
     ('{"text": "d", "file": "' + "a" * 5000 + '"}', "no file inside"),
@@ -959,7 +969,8 @@ def test_a_manifest_that_is_a_folder_or_no_text_is_named(tmp_path, content):
     pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_bytes(content) if content else manifest.mkdir()
-    with pytest.raises(UserError, match="manifest.jsonl cannot be read .*: give each picture a line"):
+    says = "manifest.jsonl cannot be read .*: give each picture a line"
+    with pytest.raises(UserError, match=says):
         build_teacher(f"images:{tmp_path}")
 
 def test_a_picture_that_is_cut_is_named(pictures, tmp_path):
@@ -1227,12 +1238,12 @@ def test_the_api_gets_text_model_and_size_and_answers_in_base64_or_with_an_url(a
 def test_fields_are_sent_as_json_values_where_they_are_such(api):
     pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
     spec = api(lambda request, text: respond(request, in_base64(text)))
-    fields = ('size=512x512&steps=4&scale=7.5&transparent=true&user=null&seed="4"&style={"a":[1]}&tag=NaN'
-              "&top=1e999&quality=high+end&big=" + "9" * 5000)
+    fields = ('size=512x512&steps=4&scale=7.5&transparent=true&user=null&seed="4"&style={"a":[1]}'
+              "&tag=NaN&top=1e999&quality=high+end&big=" + "9" * 5000)
     build_teacher(f"{spec.partition('#')[0]}#{fields}").encode(["a"])
     assert api.fields == {"n": 1, "prompt": "a", "size": "512x512", "steps": 4, "scale": 7.5,
-                          "transparent": True, "user": None, "seed": "4", "style": {"a": [1]}, "tag": "NaN",
-                          "top": "1e999", "quality": "high end", "big": "9" * 5000}
+                          "transparent": True, "user": None, "seed": "4", "style": {"a": [1]},
+                          "tag": "NaN", "top": "1e999", "quality": "high end", "big": "9" * 5000}
     assert type(api.fields["steps"]) is int
 
 def test_an_address_keeps_its_query_and_each_request_says_who_asks(loopback, monkeypatch):
@@ -1252,7 +1263,9 @@ def test_an_address_keeps_its_query_and_each_request_says_who_asks(loopback, mon
                          ("/made?sig=1&x", "armada-teacher")} and len(seen) == 6
 
 @pytest.mark.parametrize("field, prefix", [
-    ("url", "data:image/png;base64,"), ("b64_json", "data:image/png;base64,"), ("url", "DATA:;base64,")])
+    ("url", "data:image/png;base64,"),
+    ("b64_json", "data:image/png;base64,"),
+    ("url", "DATA:;base64,")])
 def test_a_data_url_is_the_picture_itself(api, field, prefix):
     pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
     encoded = prefix + base64.b64encode(drawn("a")).decode()
@@ -1287,7 +1300,8 @@ NO_PICTURES = {  # what is wrong with an answer: (the answer, what is told of it
 
 
 @pytest.mark.parametrize("answer, says", NO_PICTURES.values(), ids=NO_PICTURES)
-def test_a_complete_answer_that_holds_no_picture_is_told_at_once_in_the_servers_words(api, answer, says):
+def test_a_complete_answer_that_holds_no_picture_is_told_at_once_in_the_servers_words(
+        api, answer, says):
     """It was paid for: to ask again would be to pay again."""
     pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
     teacher = build_teacher(api(lambda request, text: respond(request, answer)))
@@ -1299,8 +1313,9 @@ def test_a_complete_answer_that_holds_no_picture_is_told_at_once_in_the_servers_
 
 def test_a_url_that_is_no_text_does_not_hide_the_picture_beside_it(api):
     pytest.importorskip("PIL", reason="pillow is optional: pip install pillow")
-    answer = {"data": [{"url": None, "b64_json": base64.b64encode(drawn("a")).decode()}]}
-    teacher = build_teacher(api(lambda request, text: respond(request, json.dumps(answer).encode())))
+    picture = {"url": None, "b64_json": base64.b64encode(drawn("a")).decode()}
+    answer = json.dumps({"data": [picture]}).encode()
+    teacher = build_teacher(api(lambda request, text: respond(request, answer)))
     assert teacher.encode(["a"]).shape == (1, 768)
 
 def test_the_address_of_a_page_that_is_no_picture_is_told_at_once(api, loopback):
@@ -1364,7 +1379,10 @@ def test_an_answer_may_neither_be_huge_nor_trickle_for_ever(api, monkeypatch):
     assert api.asked == {"huge": 1, "slow": 1}  # paid for once each
 
 def test_two_hundred_texts_of_which_some_fail_at_first_are_each_bought_once(api, tmp_path, capfd):
-    """429, 500, a cut answer and none are asked again; what came is kept before the next is asked."""
+    """429, 500, a cut answer and none are asked again.
+
+    What came is kept before the next is asked.
+    """
     failed = Counter()
     rng = np.random.default_rng(0)
 
@@ -1448,14 +1466,18 @@ def test_the_budget_stops_before_more_is_spent(api, tmp_path):
 
 @needs_pillow
 @pytest.mark.parametrize("spec, says", [
-    ("api:", "write api:https"), ("api:example.org/v1", "write api:https"), ("api:ftp://host", "api:https"),
-    ("api:https://me:password@host/v1", "OPENAI_API_KEY"), ("api:https://host/v1?api_key=1", "OPENAI_API"),
+    ("api:", "write api:https"), ("api:example.org/v1", "write api:https"),
+    ("api:ftp://host", "api:https"), ("api:https://me:password@host/v1", "OPENAI_API_KEY"),
+    ("api:https://host/v1?api_key=1", "OPENAI_API"),
     ("api:https://host/v1#API_KEY=1", "OPENAI_API_KEY"), ("api:https://", "write api:https"),
-    ("api:https://password@host/v1", "OPENAI_API_KEY"), ("api:https://host?sig=password", "OPENAI_API_KEY"),
+    ("api:https://password@host/v1", "OPENAI_API_KEY"),
+    ("api:https://host?sig=password", "OPENAI_API_KEY"),
     ("api:https://host/v1?a=1&Access_Token=password", "OPENAI_API_KEY"),
     ("api:https://host/v1?client%5Fsecret=password", "OPENAI_API_KEY"),
-    (f"api:https://host/{KEY}/v1", "OPENAI_API_KEY"), (f"api:https://host/v1#user={KEY}", "OPENAI_API_KEY"),
-    ("api:https://host\\@password/v1", "write api:https"), ("api:https://ho st/v1", "write api:https"),
+    (f"api:https://host/{KEY}/v1", "OPENAI_API_KEY"),
+    (f"api:https://host/v1#user={KEY}", "OPENAI_API_KEY"),
+    ("api:https://host\\@password/v1", "write api:https"),
+    ("api:https://ho st/v1", "write api:https"),
     ("api:https://host:x/v1", "write api:https"), ("api:https://host/\x1b[2J", "write api:https"),
     ("api:https://host/\ud800", "write api:https"), ("api:https://h\u00f6st/", "write api:https"),
     ("api:http://example.org/v1", "use https")])
@@ -1665,11 +1687,13 @@ def test_a_cache_value_that_is_no_blob_is_made_again(tmp_path, value, capsys):
     (lambda path: path.mkdir(), "unable to open"),
     (lambda path: Path(f"{path}.lock").mkdir(), "Is a directory"),
     (lambda path: path.write_bytes(b"no database " * 999), "file is not a database"),
-    (lambda path: sqlite3.connect(path).execute("CREATE TABLE made (key INTEGER PRIMARY KEY, vector BLOB)"),
+    (lambda path: sqlite3.connect(path).execute(
+        "CREATE TABLE made (key INTEGER PRIMARY KEY, vector BLOB)"),
      "of another program"),
     (lambda path: sqlite3.connect(path).execute("CREATE TABLE made (key TEXT, crc, value BLOB)"),
      "of another program"),
-    (lambda path: sqlite3.connect(path).execute("CREATE VIEW made AS SELECT 1 AS key, 2 AS crc, 3 AS value"),
+    (lambda path: sqlite3.connect(path).execute(
+        "CREATE VIEW made AS SELECT 1 AS key, 2 AS crc, 3 AS value"),
      "of another program")])
 def test_a_cache_file_that_is_none_is_one_line(tmp_path, capsys, spoil, says):
     spoil(tmp_path / "teachers.sqlite")
@@ -1718,7 +1742,8 @@ def fails(*_):
 @pytest.mark.parametrize("broken, says", [
     (dict(items=fails), r"items\('train', texts\) raised OperationalError: a bug of mine"),
     (dict(items=lambda split, texts: None), "items.* raised TypeError"),
-    (dict(items=lambda split, texts: texts[1:]), "returned 1 items for 2 texts: let it return one for each"),
+    (dict(items=lambda split, texts: texts[1:]),
+     "returned 1 items for 2 texts: let it return one for each"),
     (dict(tokenizer=fails, max_tokens=5), "tokenizer raised OperationalError: a bug of mine"),
     (dict(tokenizer=lambda text: {}, max_tokens=5), "tokenizer raised KeyError"),
     (dict(costly=False, reader=fails), r"reader\('train', texts\) raised OperationalError"),
@@ -1831,13 +1856,15 @@ def test_a_wrong_command_is_one_line_and_status_2(flags, says, capsys):
 def test_a_name_that_the_console_cannot_show_is_one_line_all_the_same():
     """An ASCII locale, as under cron."""
     told = subprocess.run([sys.executable, "teacher.py", "--task", "caf\u00e9"], cwd=ROOT,
-                          env={**os.environ, "PYTHONIOENCODING": "ascii:strict"}, capture_output=True)
+                          env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+                          capture_output=True)
     assert told.returncode == 2 and told.stderr.count(b"\n") == 1 and b"unknown task" in told.stderr
 
 
 def test_the_noise_of_a_dose_is_each_texts_own():
     """One noise for all texts would be a constant, which a student can subtract."""
-    noise = build_teacher("painter:0").encode([f"a {name}" for name in list(OBJECTS)[:20]]).astype(float)
+    texts = [f"a {name}" for name in list(OBJECTS)[:20]]
+    noise = build_teacher("painter:0").encode(texts).astype(float)
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     cosines = noise @ noise.T - np.eye(20)
     assert abs(cosines).max() < 0.2
