@@ -9,6 +9,7 @@ import json
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -671,19 +672,26 @@ def test_what_nohup_ignores_stays_ignored():
 @pytest.mark.skipif(sys.platform != "linux", reason="opens a terminal of its own")
 def test_a_closed_terminal_loses_nothing(tmp_path):
     """After SIGHUP every write to the terminal is an error, of the progress bar's too."""
+    import fcntl
     import pty
+    import termios
 
     out = tmp_path / "run"
     flags = ["--arms=armada", "--seeds=0", "--epochs=400", "--eval-every=400", f"--out={out}"]
     child, terminal = pty.fork()
     if child == 0:
         os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *flags])
+    size = struct.pack("HHHH", 24, 100, 0, 0)  # rows, columns: in a terminal of none is no bar
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
     log = out / "armada/0/log.jsonl"
+    shown = b""
     deadline = time.time() + 60
-    while not (log.exists() and log.read_text()) and time.time() < deadline:
-        # Read, else the child waits for room to write; but never wait for what it may not write.
+    while time.time() < deadline:
+        if b"armada seed 0" in shown and log.exists() and log.read_text():
+            break  # the bar is there, by its name, and steps were taken
+        # Read, else the child waits for room to write; but do not wait for what it does not write.
         if select.select([terminal], [], [], 0.05)[0]:
-            os.read(terminal, 10_000)
+            shown += os.read(terminal, 10_000)
     os.close(terminal)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
