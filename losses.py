@@ -179,19 +179,25 @@ def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temper
     The aligner's are detached: a student does not teach its teacher. With aligner_out None, "no
     teacher", L_output and L_manifold are 0. output_factor multiplies L_output: 0 drops the soft
     labels and leaves L_task at 1 - alpha. A generation task gives answer_loss, the answers' cross
-    entropy (0-dim), and its `head` is output_kl. Returns (total, parts): parts maps task, output,
-    manifold, and answer of a generation task, to 0-dim tensors, before their weights."""
+    entropy (0-dim); its L_output is gamma output_kl(a_t, a_s). Returns (total, parts): parts maps
+    task, output, manifold, and answer of a generation task, to 0-dim tensors, before their weights.
+    """
     o_s = student_out.logits      # (B, C)
     a_s = student_out.aux_logits  # (B, C)
     task = task_loss(o_s, labels) + gamma * task_loss(a_s, labels)
-    head_loss = output_loss if answer_loss is None else output_kl
     output = torch.zeros_like(task)
     manifold = torch.zeros_like(task)
     if aligner_out is not None:
         o_t = aligner_out.logits.detach()      # (B, C)
         a_t = aligner_out.aux_logits.detach()  # (B, C)
         p_t = aligner_out.proj.detach()        # (B, d)
-        output = head_loss(o_t, o_s, temperature) + gamma * head_loss(a_t, a_s, temperature)
+        if answer_loss is None:
+            main_output = output_loss(o_t, o_s, temperature)
+            output = main_output + gamma * output_loss(a_t, a_s, temperature)
+        else:
+            # o_s is the language model itself. A teacher that sees nothing of a text has one bag
+            # for all of them, and would pull every answer there as hard as the answers do.
+            output = gamma * output_kl(a_t, a_s, temperature)
         manifold = manifold_loss(p_t, student_out.proj, kind)
     total = (1 - alpha) * task + alpha * output_factor * output + beta * manifold
     parts = {"task": task, "output": output, "manifold": manifold}

@@ -31,7 +31,7 @@ import transformers
 
 import train as training
 from data import TASKS, answer_bags, answer_vocabulary, bag_labels, load_task, read_json
-from losses import student_loss, task_loss
+from losses import output_kl, student_loss, task_loss
 from teacher import build_teacher
 from train import Config, train
 
@@ -181,10 +181,12 @@ def bags_that_differ(task, examples, tokenizer):
     return [[token for token in bag if token not in shared] for bag in bags]
 
 
-def auxiliary_alone(student_out, aligner_out, *args, **weights):
-    """student_loss without the soft labels of the main head: o_s is compared with itself."""
-    aligner_out = aligner_out._replace(logits=student_out.logits)
-    return student_loss(student_out, aligner_out, *args, **weights)
+def both_heads(student_out, aligner_out, *args, alpha, temperature, **weights):
+    """student_loss with soft labels for the language model's own logits as well."""
+    total, parts = student_loss(student_out, aligner_out, *args, alpha=alpha,
+                                temperature=temperature, **weights)
+    main_output = output_kl(aligner_out.logits, student_out.logits, temperature)
+    return total + alpha * main_output, parts
 
 
 def answer_within(*args, alpha, answer_loss, **weights):
@@ -207,8 +209,8 @@ def tune_say():
         print_say("answer alone", "armada", "temperature 5.0", temperature=5.0)
     for flag, value in (("alpha", 0.2), ("alpha", 0.0), ("temperature", 5.0)):
         print_say("whole output", "armada", f"{flag} {value}", **{flag: value})
-    with patch.object(training, "student_loss", auxiliary_alone):
-        print_say("whole output", "armada", "soft labels of one head")
+    with patch.object(training, "student_loss", both_heads):
+        print_say("whole output", "armada", "soft labels of both heads")
     with patch.object(training, "student_loss", answer_within):
         print_say("whole output", "armada", "answer within (1 - a)")
         print_say("whole output", "armada", "the same, temperature 5", temperature=5.0)
@@ -217,7 +219,7 @@ def tune_say():
 def print_say(bag, arm, note="", **flags):
     """Print one line of tune_say()."""
     accuracy = accuracy_on_test(arm, task="say/objects", **flags)
-    print(f"{bag}  {arm:<11}  {note:<23}  {accuracy}", flush=True)
+    print(f"{bag}  {arm:<11}  {note:<25}  {accuracy}", flush=True)
 
 
 def tune_unlabelled():
