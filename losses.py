@@ -180,8 +180,7 @@ def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temper
     teacher", L_output and L_manifold are 0. output_factor multiplies L_output: 0 drops the soft
     labels and leaves L_task at 1 - alpha. A generation task gives answer_loss, the answers' cross
     entropy (0-dim); its L_output is gamma output_kl(a_t, a_s). Returns (total, parts): parts maps
-    task, output, manifold, and answer of a generation task, to 0-dim tensors, before their weights.
-    """
+    task, output, manifold, and there answer, to 0-dim tensors, before their weights."""
     o_s = student_out.logits      # (B, C)
     a_s = student_out.aux_logits  # (B, C)
     task = task_loss(o_s, labels) + gamma * task_loss(a_s, labels)
@@ -192,8 +191,7 @@ def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temper
         a_t = aligner_out.aux_logits.detach()  # (B, C)
         p_t = aligner_out.proj.detach()        # (B, d)
         if answer_loss is None:
-            main_output = output_loss(o_t, o_s, temperature)
-            output = main_output + gamma * output_loss(a_t, a_s, temperature)
+            output = output_loss(o_t, o_s, temperature) + gamma * output_loss(a_t, a_s, temperature)
         else:
             # o_s is the language model itself. A teacher that sees nothing of a text has one bag
             # for all of them, and would pull every answer there as hard as the answers do.

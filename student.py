@@ -176,9 +176,7 @@ class StudentModel(nn.Module):
         only. UserError if the family cannot."""
         if not self.lm.supports_gradient_checkpointing:
             raise UserError(f"--grad-checkpoint on: {self.lm.config.model_type} cannot: give off")
-        # Re-entrant checkpointing drops all gradients, silently, if the inputs need none (frozen
-        # embeddings).
-        self.lm.activation_checkpointing_enable({"use_reentrant": False})
+        self.lm.activation_checkpointing_enable()
         # The last layer's backward pass comes first: what recomputing would give is still there.
         # (ALBERT's one layer is all of them.)
         if len(layers := self.layers()) == self.lm.config.num_hidden_layers > 1:

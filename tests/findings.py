@@ -1,6 +1,6 @@
 """Tools that print the numbers of tests/RESULTS.md which no table of train.py or eval.py holds.
 
-    python -m tests.findings painter         # tests/painter.png: what the painter draws
+    python -m tests.findings figures RUNS    # the README's three figures, two of them of runs
     python -m tests.findings pictures        # how far a few directions describe the pictures
     python -m tests.findings losses RUN      # where each arm's training losses ended
     python -m tests.findings majority DATA   # the share of each real task's commonest dev label
@@ -18,6 +18,7 @@ They are started by hand, and no test runs them. DATA is a --data-dir, RUN a fol
 import contextlib
 import io
 import json
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -29,8 +30,10 @@ import numpy as np
 import torch
 import transformers
 
+import eval as evaluation
 import train as training
-from data import TASKS, answer_bags, answer_vocabulary, bag_labels, load_task, read_json
+from data import (TASKS, UserError, answer_bags, answer_vocabulary, bag_labels, exit_with_message,
+                  load_task, read_json)
 from losses import output_kl, student_loss, task_loss
 from teacher import build_teacher
 from train import Config, train
@@ -54,8 +57,23 @@ def objects_texts():
     return [task.prompt(example) for example in examples]
 
 
+def figures(runs):
+    """Draw painter.png, and, of the runs in a folder, dose.png and labels.png, beside this file.
+
+    The commands that make RUNS/unlabelled-dose and RUNS/labels stand in section 15 of RESULTS.md.
+    """
+    painter()
+    for folder, drawn, name in (("unlabelled-dose", "dose_response.png", "dose.png"),
+                                ("labels", "label_curve.png", "labels.png")):
+        folder = Path(runs, folder)
+        evaluation.plot(evaluation.find_cells([folder]))
+        path = Path(__file__).with_name(name)
+        shutil.copy(folder / drawn, path)
+        print(f"wrote {path}, {path.stat().st_size:,} bytes")
+
+
 def painter():
-    """Draw tests/painter.png: four training questions below the painter's pictures of them."""
+    """Draw painter.png: four training questions below the painter's pictures of them."""
     from PIL import Image, ImageDraw, ImageFont
 
     side, margin, caption = 192, 16, 44  # in screen pixels; a picture has 16 x 16 of its own
@@ -348,7 +366,7 @@ def bags(data_dir, model):
 
 
 COMMANDS = {
-    "painter": painter,
+    "figures": figures,
     "pictures": pictures,
     "losses": losses,
     "majority": majority,
@@ -367,5 +385,7 @@ if __name__ == "__main__":
     try:
         command = COMMANDS[sys.argv[1]]
         command(*sys.argv[2:])
+    except UserError as error:
+        exit_with_message(2, f"tests.findings: {error}")
     except (IndexError, KeyError, TypeError, FileNotFoundError):
         sys.exit(__doc__)  # no such command, or not its arguments

@@ -429,10 +429,7 @@ def total_loss(made, rows, y):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_only_adapters_and_heads_train_with_the_gradients_of_the_merged_map(
         student, family, checkpoint, monkeypatch):
-    """Oracle: W' = W + s B A gives dB = s dW' A^T and dA = s B^T dW'.
-
-    Re-entrant checkpointing under frozen embeddings would lose every gradient without a word.
-    """
+    """Oracle: W' = W + s B A gives dB = s dW' A^T and dA = s B^T dW'."""
     # A merged map has no dropout to share.
     monkeypatch.setattr(F, "dropout", lambda x, *args, **kwargs: x)
     made, rows, y = student(family, lora=4)
