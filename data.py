@@ -488,6 +488,9 @@ class Parser(argparse.ArgumentParser):
         exit_with_message(2, f"{self.prog}: error: {message}{hint}")
 
 
+STOPPED = 130  # the exit status after Ctrl-C: 128 + SIGINT, as every shell has it
+
+
 def exit_with_message(status, message):
     """End the program with this exit status and one line on stderr.
 

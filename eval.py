@@ -19,8 +19,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from data import (ANSWERS, MINUS, TASKS, Parser, UserError, encode, exit_with_message, find_task,
-                  known, load_task, parse_json, prepare_console, read_json, seed_of)
+from data import (ANSWERS, MINUS, STOPPED, TASKS, Parser, UserError, encode, exit_with_message,
+                  find_task, known, load_task, parse_json, prepare_console, read_json, seed_of)
 
 NUMBER = ANSWERS[-1]  # the one family of answers that are compared by value, not by spelling
 
@@ -1252,6 +1252,8 @@ def main(argv=None):
         evaluate(args)
     except (UserError, OSError) as error:  # OSError: a folder that cannot be written
         exit_with_message(2, f"eval.py: error: {error}")
+    except KeyboardInterrupt:
+        exit_with_message(STOPPED, "stopped; the same command starts over")
 
 
 def evaluate(args):

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from data import (
     CACHE,
     OBJECTS,
+    STOPPED,
     Parser,
     UserError,
     check_available,
@@ -1290,9 +1291,10 @@ def main(argv=None):
             verify_cache(args.cache_dir)
         if args.task:
             make_ahead(args)
-    except (UserError, OSError, ValueError, KeyboardInterrupt) as error:
-        message = str(error) or "stopped; the same command goes on"
-        exit_with_message(2, f"teacher.py: error: {message}")
+    except (UserError, OSError, ValueError) as error:
+        exit_with_message(2, f"teacher.py: error: {error}")
+    except KeyboardInterrupt:
+        exit_with_message(STOPPED, "stopped; the same command goes on")
 
 
 if __name__ == "__main__":

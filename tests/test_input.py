@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 import data
+import eval as evaluation
 import student
+import teacher
 import train as training
 from data import UserError
 from train import Cell, Config, main, resolve
@@ -285,6 +287,23 @@ def test_near_names_are_suggested_for_a_student_that_neither_folder_nor_hub_has(
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
     with pytest.raises(UserError, match="did you mean opt-1.3b?"):
         student.check_available("opt-1.3")
+
+
+@pytest.mark.parametrize("program, work, flags", [
+    (evaluation, "evaluate", ["runs/mine"]),
+    (teacher, "make_ahead", ["--task", "rte"]),
+])
+def test_ctrl_c_is_one_line_and_the_status_that_shells_know(
+        monkeypatch, capsys, program, work, flags):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, work, interrupted)
+    with pytest.raises(SystemExit) as stop:
+        program.main(flags)
+    assert stop.value.code == 130
+    error = capsys.readouterr().err
+    assert error.startswith("stopped; the same command") and error.count("\n") == 1
 
 
 def test_no_key_is_in_what_a_run_writes(folder, monkeypatch, capsys):
