@@ -1028,7 +1028,8 @@ LINES = ("-", "--", ":", "-.")
 
 
 def plot(cells):
-    """Draw learning_curves.png, arms.png and, given two doses, dose_response.png into each run.
+    """Draw arms.png into each run; learning_curves.png, where it was scored more than once; and
+    dose_response.png, where there are two doses.
 
     Given runs of one task with more and fewer labels, draw label_curve.png beside them.
     Arms are told apart by markers, dashes and greys, so that a black-and-white print will do.
@@ -1055,9 +1056,13 @@ def plot(cells):
             points[arm] = [100 * cell["dev"][metric] for cell in seeds.values()]
         doses = doses_in(arms)
 
-        figures = {"learning_curves": new_axes(), "arms": new_axes()}
-        draw_curves(figures["learning_curves"], learning_curves(arms, metric))
+        curves = learning_curves(arms, metric)
+
+        figures = {"arms": new_axes()}
         draw_arms(figures["arms"], points, controls_in(arms))
+        if max(len(by_epoch) for by_epoch in curves.values()) > 1:
+            figures["learning_curves"] = new_axes()
+            draw_curves(figures["learning_curves"], curves)
         if len(set(doses.values())) > 1:
             figures["dose_response"] = new_axes()
             draw_doses(figures["dose_response"], points, doses, aligners_in(arms, metric))
@@ -1167,11 +1172,12 @@ def first_cell(seeds):
 def draw_curves(axes, curves):
     """Draw {arm: {epoch: value}}, a line for each arm."""
     axes.set_xlabel("epoch (mean over seeds)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     for i, (arm, by_epoch) in enumerate(curves.items()):
         style = MARKERS[i % len(MARKERS)] + LINES[i % len(LINES)]
         grey = str(0.75 * i / len(curves))  # from black, "0", to a light grey
         axes.plot(by_epoch.keys(), by_epoch.values(), style, color=grey, label=arm)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize="small", handlelength=4, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_arms(axes, points, controls):
@@ -1192,7 +1198,7 @@ def draw_doses(axes, points, doses, aligners):
     if "undistilled" in points:
         level = np.mean(points["undistilled"])
         axes.axhline(level, color="0.4", linestyle=":", label="undistilled")
-    axes.legend()
+    axes.legend(handlelength=4)
 
 
 def draw_label_curves(axes, curves):
@@ -1204,7 +1210,7 @@ def draw_label_curves(axes, curves):
     axes.minorticks_off()
     for i, (curve, by_count) in enumerate(curves.items()):
         draw_curve(axes, by_count, i, curve)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", handlelength=4)  # long enough to tell a dash from a dot
 
 
 def draw_curve(axes, by_x, i, label):
@@ -1221,8 +1227,9 @@ def draw_curve(axes, by_x, i, label):
 
 
 def draw_column(axes, x, values, fill):
-    """Draw the seeds as faint dots at x, and their mean with its interval where there is one."""
-    axes.plot([x] * len(values), values, ".", color="0.65")
+    """Draw the mean of the seeds at x, with its interval where there is one, and to its left the
+    seeds, as faint dots."""
+    axes.plot([x - 0.15] * len(values), values, ".", color="0.65")
     interval = bootstrap_interval(values)
     if interval:
         axes.plot([x, x], interval, "_-", color="black", markersize=10)

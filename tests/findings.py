@@ -18,7 +18,6 @@ They are started by hand, and no test runs them. DATA is a --data-dir, RUN a fol
 import contextlib
 import io
 import json
-import shutil
 import sys
 import tempfile
 import textwrap
@@ -62,14 +61,14 @@ def figures(runs):
 
     The commands that make RUNS/unlabelled-dose and RUNS/labels stand in section 15 of RESULTS.md.
     """
+    from PIL import Image
+
     painter()
     for folder, drawn, name in (("unlabelled-dose", "dose_response.png", "dose.png"),
                                 ("labels", "label_curve.png", "labels.png")):
         folder = Path(runs, folder)
         evaluation.plot(evaluation.find_cells([folder]))
-        path = Path(__file__).with_name(name)
-        shutil.copy(folder / drawn, path)
-        print(f"wrote {path}, {path.stat().st_size:,} bytes")
+        save_small(Image.open(folder / drawn).convert("L"), name)
 
 
 def painter():
@@ -99,8 +98,13 @@ def painter():
         draw.text((left, margin + side + 4), question, fill="black", font=font)
         left += side + margin
 
-    path = Path(__file__).with_name("painter.png")
-    sheet.quantize(64).save(path, optimize=True)  # 64 colours are enough for so few objects
+    save_small(sheet, "painter.png")
+
+
+def save_small(image, name):
+    """Save an image beside this file with 64 colours, which are enough for what is drawn here."""
+    path = Path(__file__).with_name(name)
+    image.quantize(64).save(path, optimize=True)
     print(f"wrote {path}, {path.stat().st_size:,} bytes")
 
 

@@ -864,6 +864,16 @@ def test_a_teacher_without_doses_has_no_dose_figure(finished, capsys):
     assert capsys.readouterr().out.count("wrote") == 2
 
 
+def test_a_run_that_was_scored_once_has_no_learning_curves(finished, capsys):
+    """A point is no curve: matplotlib would put epochs 19.25 and 20.75 beside 20."""
+    pytest.importorskip("matplotlib", reason="matplotlib is optional: pip install matplotlib")
+    for path in finished.glob("*/*/log.jsonl"):
+        path.write_text('{"epoch": 20, "dev": {"accuracy": 0.5}}\n')
+    evaluation.main([str(finished), "--plot"])
+    assert not (finished / "learning_curves.png").exists()
+    assert (finished / "arms.png").exists()
+
+
 def test_arms_are_told_apart_in_grey():
     """Each curve has its own marker and dashes, and all colours are shades of grey."""
     figure = pytest.importorskip("matplotlib.figure", reason="optional: pip install matplotlib")
