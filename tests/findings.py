@@ -9,7 +9,7 @@
     python -m tests.findings said RUN        # how much of its sentences each arm has right
     python -m tests.findings bags DATA MODEL # how well frequencies alone predict answers' bags
     python -m tests.findings tune            # the grid behind the defaults of `objects`: 15 min
-    python -m tests.findings tune-say        # bags and soft labels of `say/objects`: 7 min
+    python -m tests.findings tune-say        # bags and soft labels of `say/objects`: 8 min
     python -m tests.findings tune-unlabelled # the epochs for 120 + 480 rows of `objects`: 3 min
     python -m tests.findings way RUN         # how far each arm came from undistilled to its aligner
 
@@ -218,7 +218,7 @@ def answer_within(*args, alpha, answer_loss, **weights):
 
 
 def tune_say():
-    """Print accuracies on `say/objects` over bags, soft labels and T: 14 lines, 70 cells."""
+    """Print accuracies on `say/objects` over bags, soft labels and T: 16 lines, 80 cells."""
     torch.set_num_threads(1)
     print_say("whole output", "undistilled")
     bags = {"whole output": answer_bags, "what differs": bags_that_differ,
@@ -229,6 +229,9 @@ def tune_say():
                 print_say(bag, arm)
     with patch.object(training, "answer_bags", bags_of_answers):
         print_say("answer alone", "armada", "temperature 5.0", temperature=5.0)
+        with patch.object(training, "student_loss", both_heads):
+            print_say("answer alone", "armada", "soft labels of both heads")
+            print_say("answer alone", "armada", "the same, temperature 5", temperature=5.0)
     for flag, value in (("alpha", 0.2), ("alpha", 0.0), ("temperature", 5.0)):
         print_say("whole output", "armada", f"{flag} {value}", **{flag: value})
     with patch.object(training, "student_loss", both_heads):
