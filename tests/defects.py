@@ -183,7 +183,8 @@ DEFECTS = (
                "test_a_new_adapter_can_learn",)),
     Defect(
         number=14,
-        symptom="However long undistilled trains, its `task` in log.jsonl never falls below 0.31.",
+        symptom="However long undistilled trains on `objects`, its `task` in log.jsonl never falls "
+                "below 0.31.",
         file="student.py",
         old='o = self.heads["classifier"](self.drop(h)) ',
         new='o = self.heads["classifier"](self.drop(h)).softmax(-1) ',
@@ -204,9 +205,9 @@ DEFECTS = (
                "test_the_aligner_sees_the_vector_that_the_pairing_names",)),
     Defect(
         number=16,
-        symptom="Without dropout two runs that differ in --micro-batch alone should end alike. "
-                "They do where --batch-size divides the number of training texts, and else do "
-                "not.",
+        symptom="With the dropout taken out of the code, two runs of undistilled that differ in "
+                "--micro-batch alone should end alike. On the 120 texts of `objects` they do at "
+                "--batch-size 24, and at 32 they do not.",
         file="train.py",
         old="share = len(micro_rows) / len(rows)",
         new="share = config.micro_batch / config.batch_size",
@@ -379,7 +380,7 @@ DEFECTS = (
         tests=("tests/test_eval.py::test_the_verdict_is_on_the_best_control",)),
     Defect(
         number=33,
-        symptom='"24 clips and 48 clips are 72 clips" is counted wrong where 72 is right.',
+        symptom='"24 clips and 48 clips are 72 clips" is marked wrong where 72 is the answer.',
         file="eval.py",
         old="return normalise(in_text[-1])",
         new="return normalise(in_text[0])",
