@@ -240,4 +240,4 @@ def test_plan_counts_them_where_the_tasks_data_is_not_at_hand(many, tmp_path):
                        cache_dir=str(tmp_path / "empty"))
     text = plan_of(config)
     assert "8,591 examples" in text, (
-        f"train.py, planned_rows(): 8,551 rows of CoLA and 40 texts; --plan says {text}")
+        f"train.py, planned_rows(): 8,551 rows and 40 texts are 8,591 examples; --plan says {text}")
