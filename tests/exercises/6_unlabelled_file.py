@@ -37,19 +37,15 @@ command above must end as the same command without the file does, at 93.2 or nea
     python -c "import data; print(*[row.fields['text'] for row in
         data.load_task('objects')['train'][120:]], sep=chr(10))" > /tmp/questions.txt
 
-Then write 480 sentences about which the painter knows nothing (itertools.product of a few lists of
-words; set(words) & set(data.OBJECTS) must be empty). Do they help, do they harm, or neither? That
-depends on what you compare with, so run the 120 rows alone as well, for as many epochs and for as
-many steps:
+Then write 480 sentences of which the painter knows nothing (itertools.product of lists of words;
+set(words) & set(data.OBJECTS) must be empty). Do they help, do they harm, or neither? Compare
 
     python train.py --task objects --seeds 0,1,2 --arms undistilled,armada FLAGS
-    FLAGS: --epochs 10 --unlabelled 480 --unlabelled-file /tmp/nothing.txt
-           --epochs 10
-           --epochs 48
 
-Also, vectors are divided by the root mean square of all training vectors (teacher.py): what does
-the file do to those of labelled rows? Last: which line of the manifest.jsonl of --teacher images:
-would still give a text another text's picture, and who tells you?
+with FLAGS --epochs 10 --unlabelled 480 --unlabelled-file FILE, with --epochs 10 alone, and with
+--epochs 48 alone: the 120 rows for as many steps. All vectors are divided by the root mean square
+of the training vectors: what does the file do to those of labelled rows? And which line of the
+manifest.jsonl of --teacher images: would still give a text another text's picture?
 """
 import re
 from dataclasses import replace
