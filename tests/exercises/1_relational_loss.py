@@ -97,6 +97,9 @@ def test_it_is_blind_to_rotation_and_scale():
     turned = relational(p_t, 7 * p_s @ rotation).item()
     plain = relational(p_t, p_s).item()
     assert turned == pytest.approx(plain), "losses.py: a cosine knows neither rotation nor scale"
+    small = relational(p_t, 1e-6 * p_s).item()
+    assert small == pytest.approx(plain), (
+        "losses.py: the cosines of short rows are too small; an eps that bounds a norm does that")
 
 
 def test_a_row_of_zeros_and_a_batch_of_one_leave_the_gradient_bounded():
@@ -106,6 +109,9 @@ def test_a_row_of_zeros_and_a_batch_of_one_leave_the_gradient_bounded():
     p_s[2] = 0
     p_s.requires_grad_()
     loss = relational(p_t, p_s)
+    expected = (cosines(p_t) - cosines(p_s)).square().mean().item()  # its cosines are 0 there, too
+    assert loss.item() == pytest.approx(expected), (
+        "losses.py: all cosines of a row of zeros should be 0, also with itself, and count as such")
     gradient, = torch.autograd.grad(loss, p_s)
     size = gradient.norm().item()
     assert size < 1e3, f"losses.py: a row of zeros has a gradient of {size:.1e} (or nan)"

@@ -101,13 +101,21 @@ def test_all_doses_are_equally_loud():
             "give the noise v's mean square, and the two the weights RHO and sqrt(1 - RHO^2)")
 
 
+def test_the_noise_belongs_to_its_text():
+    """Two wordings of one question would else share it, and nothing could average it out."""
+    one, other = teacher_of("0").encode(["is a cat bigger than a bus?", "a cat or a bus: bigger?"])
+    assert not np.allclose(one, other), "teacher.py: two texts of the same objects share noise"
+
+
 def test_a_dose_that_is_none_is_refused():
     teacher_of("1")
-    for dose in ("2", "-1", "much"):
+    for dose in ("2", "-1", "much", "nan"):
         try:
-            build_teacher(f"mine:{dose}")
+            TEACHERS["mine"](dose)  # as build_teacher does, which words any other error itself
         except UserError:
             continue
+        except ValueError as error:
+            pytest.fail(f"teacher.py: mine:{dose} should be a UserError, not {error!r}")
         pytest.fail(f"teacher.py: mine:{dose} was built: raise a UserError that says what RHO is")
 
 

@@ -102,14 +102,17 @@ def test_the_order_is_the_seeds_and_nothing_elses():
     assert any(other != first for other in others), "train.py, Data.lookup: all seeds are alike"
 
 
-def test_scores_have_no_groups_of_equal_labels():
+@pytest.mark.parametrize("labels", [[0.5, 3.2, 3.2, 1.0], [[0.0, 1.0], [0.5, 0.5], [0.0, 1.0]]])
+def test_scores_and_bags_of_tokens_have_no_groups_of_equal_labels(labels):
     config_of("within-label")
     try:
-        sources(0, [0.5, 3.2, 3.2, 1.0])
+        sources(0, labels)
     except UserError:
         return
-    pytest.fail("train.py, Data.lookup: a regression was shuffled within its labels: raise a "
-                "UserError that says for which tasks this pairing is")
+    except IndexError:  # of a bag's label, which is a row of numbers
+        pass
+    pytest.fail(f"train.py, Data.lookup: labels {labels} were shuffled within their labels: raise "
+                "a UserError that says for which tasks this pairing is")
 
 
 def test_it_has_an_arm_which_counts_as_a_control():

@@ -146,6 +146,7 @@ def test_the_squeezed_adapter_is_the_nearest_of_its_rank(pair):
     singular_values = torch.linalg.svdvals(update)
     for rank in (1, 3, 5):
         narrow = squeezed(wide, rank)
+        assert narrow.base is wide.base, f"{HERE}: squeezed() should keep the base"
         assert narrow.lora_A.weight.shape == (rank, IN), f"{HERE}: A should have {rank} rows"
         assert narrow.scale == LoRA.alpha / rank, f"{HERE}: leave the scale at alpha / rank"
         lost = (update_of(narrow) - update).norm().item()

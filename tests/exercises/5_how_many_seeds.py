@@ -78,13 +78,15 @@ def test_the_deviation_is_that_of_the_paired_differences_in_points():
         f"{HERE}: deviation_of_differences() of the differences {differences} is {found}, not 3")
 
 
-def test_arms_without_two_seeds_in_common_have_no_deviation():
-    alone = {"arms": {"a": {"scores": {"0": 0.5, "1": 0.6}}, "b": {"scores": {"1": 0.5}}}}
+@pytest.mark.parametrize("shared, scores", [(0, {"2": 0.5, "3": 0.5}), (1, {"1": 0.5, "3": 0.5})])
+def test_arms_without_two_seeds_in_common_have_no_deviation(shared, scores):
+    arms = {"arms": {"a": {"scores": {"0": 0.5, "1": 0.6}}, "b": {"scores": scores}}}
     try:
-        deviation_of_differences(alone, "a", "b")
+        deviation_of_differences(arms, "a", "b")
     except ValueError:
         return
-    pytest.fail(f"{HERE}: deviation_of_differences() of one shared seed should be a ValueError")
+    pytest.fail(f"{HERE}: deviation_of_differences() of {shared} shared seeds should be a "
+                "ValueError")
 
 
 def simulated_power(n, difference, deviation, level):
@@ -112,6 +114,15 @@ def test_no_difference_however_clear_can_be_shown_by_fewer_seeds_than_the_tests_
     assert n == floor, (
         f"{HERE}: seeds_needed() at level {level:g} is {n} for a difference that is plain to see; "
         f"the least n with 2 / 2^n <= level is {floor}")
+
+
+@pytest.mark.parametrize("power, level, n", [(0.8, 0.05, 787), (0.95, 0.05, 1302),
+                                             (0.8, 0.01, 1172)])
+def test_more_power_and_a_smaller_level_cost_seeds(power, level, n):
+    """The numbers are the formula's, from a table's z: 0.8416, 1.6449, 1.9600 and 2.5758."""
+    found = seeds_needed(1, 10, power=power, level=level)
+    assert found == pytest.approx(n, abs=1), (
+        f"{HERE}: seeds_needed(1, 10) at power {power:g} and level {level:g} is {found}, not {n}")
 
 
 def test_half_the_difference_costs_four_times_the_seeds():

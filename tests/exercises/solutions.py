@@ -240,15 +240,16 @@ def read_texts(task, path):
         raise UserError(f"a line of {path} is one text, and {task.name} reads "
                         f"{', '.join(task.fields)}: leave it out")
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\\n")
+        # Not read_text(), which would take a CR inside a text for the end of its line.
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a text file") from None
     examples = []
-    for number, text in enumerate(lines, start=1):
-        if text.strip():
-            fields = {task.fields[0]: text}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            fields = {task.fields[0]: line.removesuffix("\\r")}
             examples.append(
                 Example(fields, NO_LABEL[task.kind], number, f"{path}:{number}"))
     if not examples:
@@ -261,11 +262,26 @@ def read_texts(task, path):
            "\n                  read_texts, seed_of, without_label)"),
     before("train.py", "    eval_limit: int = option(\n", '''\
     unlabelled_file: str = option(
-        None, "Text file, one text a line, that --unlabelled takes its N from.")
+        None, "Text file, one text a line, that --unlabelled takes its N from instead.")
 '''),
     before("train.py", "    if config.memory and not config.plan:\n", '''\
-    if config.unlabelled_file and not config.unlabelled:
+    if config.unlabelled_file is not None:
+        check_unlabelled_file(config)
+'''),
+    before("train.py", "def check_processes(config):\n", '''\
+def check_unlabelled_file(config):
+    """Raise UserError unless --unlabelled-file can be read, and has N texts for --unlabelled N."""
+    if not config.unlabelled:
         raise UserError("--unlabelled-file goes with --unlabelled N: how many of its texts?")
+    if config.teacher.startswith("vectors:"):
+        raise UserError("--teacher vectors: has a vector for a row of the task, not for a text of "
+                        "--unlabelled-file: leave one of them out")
+    texts = read_texts(find_task(config.task), config.unlabelled_file)
+    if len(texts) < config.unlabelled:
+        raise UserError(f"{config.unlabelled_file} has {len(texts)} texts, --unlabelled "
+                        f"{config.unlabelled} wants more: lower it")
+
+
 '''),
     Change("train.py",
            "        examples = load_task(config.task, config.data_dir, config.cache_dir)\n",
@@ -278,12 +294,20 @@ def read_texts(task, path):
     before("train.py", "def splits_in_use(config, splits):\n", '''\
 def join_texts(config, splits):
     """Return the splits, with --unlabelled-file's texts in place of the rows behind --limit."""
-    if not config.unlabelled_file:
+    if config.unlabelled_file is None:
         return splits
+    own = splits["train"][:config.limit]
+    if len(own) < config.limit:
+        raise UserError(f"{config.task} has {len(own)} training examples, --limit {config.limit} "
+                        "wants more: lower it")
     texts = read_texts(find_task(config.task), config.unlabelled_file)
-    return {**splits, "train": splits["train"][:config.limit] + texts}
+    return {**splits, "train": own + texts[:config.unlabelled]}
 
 
+'''),
+    after("train.py", "    train, dev = official\n", '''\
+    if config.unlabelled_file is not None:
+        train += config.unlabelled  # they take no place of the task's own rows
 '''),
 )
 
