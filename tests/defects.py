@@ -73,8 +73,8 @@ DEFECTS = (
                "test_output_kl_against_a_loop_and_zero_where_both_agree",)),
     Defect(
         number=3,
-        symptom="On a task to generate the aligner finds several answers likely; its student is "
-                "sure of one of them, and never pays for leaving the others out.",
+        symptom="On a task to generate the aligner finds several answers likely; its student's "
+                "auxiliary head is sure of one, and never pays for leaving the others out.",
         file="losses.py",
         old="F.kl_div(log_s, log_t,",
         new="F.kl_div(log_t, log_s,",
