@@ -141,7 +141,7 @@ ALPACA = (
 
 
 # What all tasks that generate override in train.Config. Flattened at T = 5 a bag of tokens may be
-# nearly the same for every text, and its KL counts T^2 = 25 times.
+# nearly the same for every text. Its KL would count T^2 = 25 times, and say nothing.
 GENERATION = {"temperature": 1.0}
 
 

@@ -83,7 +83,7 @@ def output_loss(teacher_logits, student_logits, temperature):
 
 
 def output_kl(teacher_logits, student_logits, temperature):
-    """L_output of one head that generates = T^2 KL(softmax(o_t/T) || softmax(o_s/T)), mean over B.
+    """L_output of a task that generates = T^2 KL(softmax(o_t/T) || softmax(o_s/T)), mean over B.
     It is ours. Over an answer vocabulary of 1,000 tokens softmaxes are so small that the gradient
     of their MSE vanishes (tests/test_generate.py shows by how much). Logits (B, V_a)."""
     log_t = F.log_softmax(_full(teacher_logits) / temperature, -1)  # (B, V_a)
