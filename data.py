@@ -195,7 +195,7 @@ register_generation(
 
 # The questions of `objects`, answered in words by a decoder. Its bags are those of whole outputs,
 # not of "true" or "false" alone: a picture also tells which object is the bigger one. To write 500
-# answers takes as long as five epochs, so it is done once, at the end.
+# answers takes as long as four epochs, so it is done once, at the end.
 TASKS["say/objects"] = TASKS["objects"]._replace(
     name="say/objects",
     labels=(),
