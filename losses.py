@@ -194,7 +194,7 @@ def student_loss(student_out, aligner_out, labels, *, alpha, beta, gamma, temper
             output = output_loss(o_t, o_s, temperature) + gamma * output_loss(a_t, a_s, temperature)
         else:
             # o_s is the language model itself. A teacher that sees nothing of a text has one bag
-            # for all of them, and would pull every answer there as hard as the answers do.
+            # for all, and would pull it there nearly as hard as answer_loss teaches it to write.
             output = gamma * output_kl(a_t, a_s, temperature)
         manifold = manifold_loss(p_t, student_out.proj, kind)
     total = (1 - alpha) * task + alpha * output_factor * output + beta * manifold
